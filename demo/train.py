@@ -11,8 +11,10 @@ words), so that the model learns what is asked and not how. held_back.jsonl is n
 import argparse
 import json
 import math
+import os
 import random
 import re
+import time
 from pathlib import Path
 
 import tokenizers
@@ -145,7 +147,24 @@ class Conversations(torch.utils.data.IterableDataset):
         return ids[:MAX_TOKENS], ids[:MAX_TOKENS]
 
 
-def collate(samples):
+def batches(data: Conversations, tokens_per_batch: int):
+    """Endless (ids, targets), sequences of like length together so that little of a batch is padding."""
+    def collate(samples):
+        samples.sort(key=lambda sample: len(sample[0]))
+        groups = [[]]
+        for sample in samples:
+            if (len(groups[-1]) + 1) * len(sample[0]) > tokens_per_batch:
+                groups.append([])
+            groups[-1].append(sample)
+        random.shuffle(groups)
+        return [pad(group) for group in groups]
+
+    workers = max(2, min(12, (os.cpu_count() or 2) - 2))
+    loader = torch.utils.data.DataLoader(data, 2048, collate_fn=collate, num_workers=workers, prefetch_factor=2)
+    return (batch for group in loader for batch in group)
+
+
+def pad(samples):
     longest = max(len(ids) for ids, _ in samples)
     ids = torch.zeros(len(samples), longest, dtype=torch.long)
     targets = torch.full((len(samples), longest), -100)
@@ -163,30 +182,34 @@ def new_model(tokenizer) -> LlamaForCausalLM:
         bos_token_id=tokenizer.token_to_id(BOS), eos_token_id=tokenizer.token_to_id(EOT)))
 
 
-def train(model, data, steps, batch_size, peak_rate, weight_decay, device, noise):
-    """AdamW, linear warm-up, cosine to zero. `noise`: share of the input tokens replaced by random ones."""
+def train(model, data, args, device):
+    """AdamW; the rate warms up for 2 % of the time and then falls to zero along a cosine."""
     decayed = [p for p in model.parameters() if p.dim() == 2]
     others = [p for p in model.parameters() if p.dim() != 2]
-    optimizer = torch.optim.AdamW([{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}],
-                                  lr=peak_rate, betas=(0.9, 0.98), fused=device == "cuda")
-    loader = torch.utils.data.DataLoader(data, batch_size, collate_fn=collate, num_workers=5, prefetch_factor=8)
+    optimizer = torch.optim.AdamW([{"params": decayed, "weight_decay": args.weight_decay},
+                                   {"params": others, "weight_decay": 0.0}], lr=args.rate, betas=(0.9, 0.98))
     model.to(device).train()
-    for step, (ids, targets) in zip(range(steps), loader):
-        rate = peak_rate * min(1, (step + 1) / 300) * 0.5 * (1 + math.cos(math.pi * step / steps))
+    started = time.monotonic()
+    for step, (ids, targets) in enumerate(batches(data, args.batch_tokens)):
+        progress = (time.monotonic() - started) / (60 * args.minutes)
+        if progress >= 1:
+            break
         for group in optimizer.param_groups:
-            group["lr"] = rate
-        ids, targets = ids.to(device, non_blocking=True), targets.to(device, non_blocking=True)
-        replaced = (torch.rand(ids.shape, device=device) < noise) & (targets == -100) & (ids >= len(SPECIAL_TOKENS))
+            group["lr"] = args.rate * min(1, progress / 0.02 + 0.01) * 0.5 * (1 + math.cos(math.pi * progress))
+        ids, targets = ids.to(device), targets.to(device)
+        replaced = (torch.rand(ids.shape, device=device) < args.noise) & (targets == -100) & (ids >= len(SPECIAL_TOKENS))
         inputs = torch.where(replaced, torch.randint_like(ids, len(SPECIAL_TOKENS), VOCAB_SIZE), ids)
         with torch.autocast(device, torch.bfloat16):
-            logits = model(inputs).logits
-            loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), targets[:, 1:].flatten())
+            hidden = model.model(inputs).last_hidden_state[:, :-1]
+            learned = targets[:, 1:] != -100
+            logits = model.lm_head(hidden[learned])
+        loss = torch.nn.functional.cross_entropy(logits.float(), targets[:, 1:][learned])
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        if step % 500 == 0 or step == steps - 1:
-            print(f"step {step}: loss {loss.item():.4f}", flush=True)
+        if step % 500 == 0:
+            print(f"step {step}, {time.monotonic() - started:.0f} s: loss {loss.item():.4f}", flush=True)
 
 
 @torch.no_grad()
@@ -224,8 +247,8 @@ def write_checkpoint(model, tokenizer) -> None:
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--validate", action="store_true", help="hold back two wordings of every question and score them")
-    parser.add_argument("--steps", type=int, default=9000)
-    parser.add_argument("--batch-size", type=int, default=256)
+    parser.add_argument("--minutes", type=float, default=4)
+    parser.add_argument("--batch-tokens", type=int, default=32768)
     parser.add_argument("--rate", type=float, default=2e-3)
     parser.add_argument("--weight-decay", type=float, default=0.1)
     parser.add_argument("--strength", type=float, default=1.0, help="how much the wordings are roughened")
@@ -244,7 +267,7 @@ def main():
     model = new_model(tokenizer)
     print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {len(entries)} entries")
     data = Conversations(entries, tokenizer, args.strength, args.question_weight)
-    train(model, data, args.steps, args.batch_size, args.rate, args.weight_decay, device, args.noise)
+    train(model, data, args, device)
     if args.validate:
         print(f"validation: {score(model, tokenizer, held_back, device):.3f} of {len(held_back)}  {vars(args)}")
     else:
