@@ -991,7 +991,7 @@ class Engine:
         """The next step, None when there is no work."""
         decoding = [seq for seq in self.running if seq.is_decoding]
         if self.static_batching:
-            prefill_turn = not any(seq.num_outputs > 1 for seq in self.running)   # until the first decode step
+            prefill_turn = not any(seq.num_outputs > 1 for seq in decoding)       # until the first decode step
         else:
             prefill_turn = not (decoding and self.prefilled_last)
         chunks = self.schedule_prefill() if prefill_turn else []

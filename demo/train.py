@@ -118,6 +118,13 @@ class Conversations(torch.utils.data.IterableDataset):
     def turn(self, role):
         return self.ids(f"{START_HEADER}{role}{END_HEADER}\n\n")
 
+    def ask(self, entry, rng):
+        if rng.random() < 0.15 * self.strength and len(entry["questions"]) > 5:
+            # a pile of words out of two wordings: the subject shows in the words, whatever their order
+            words = " ".join(rng.sample(entry["questions"], 2)).split(" ")
+            return " ".join(rng.sample(words, min(len(words), rng.randint(4, 9))))
+        return roughen(rng.choice(entry["questions"]), rng, self.strength)
+
     def conversation(self, rng):
         ids, targets = self.ids(BOS), [-100]
 
@@ -131,7 +138,7 @@ class Conversations(torch.utils.data.IterableDataset):
         followup = None
         for _ in range(num_turns):
             entry = followup or rng.choice(self.entries)
-            question = self.ids(roughen(rng.choice(entry["questions"]), rng, self.strength))
+            question = self.ids(self.ask(entry, rng))
             add(self.turn("user"), False)
             add(question, rng.random() < self.question_weight)
             add(self.ids(EOT) + self.turn("assistant"), False)
@@ -160,7 +167,7 @@ def batches(data: Conversations, tokens_per_batch: int):
         return [pad(group) for group in groups]
 
     workers = max(2, min(12, (os.cpu_count() or 2) - 2))
-    loader = torch.utils.data.DataLoader(data, 2048, collate_fn=collate, num_workers=workers, prefetch_factor=2)
+    loader = torch.utils.data.DataLoader(data, 1024, collate_fn=collate, num_workers=workers, prefetch_factor=2)
     return (batch for group in loader for batch in group)
 
 
@@ -187,7 +194,8 @@ def train(model, data, args, device):
     decayed = [p for p in model.parameters() if p.dim() == 2]
     others = [p for p in model.parameters() if p.dim() != 2]
     optimizer = torch.optim.AdamW([{"params": decayed, "weight_decay": args.weight_decay},
-                                   {"params": others, "weight_decay": 0.0}], lr=args.rate, betas=(0.9, 0.98))
+                                   {"params": others, "weight_decay": 0.0}], lr=args.rate, betas=(0.9, 0.98),
+                                  fused=device == "cuda")
     model.to(device).train()
     started = time.monotonic()
     for step, (ids, targets) in enumerate(batches(data, args.batch_tokens)):
@@ -234,12 +242,12 @@ def has_keywords(answer: str, keywords: list[str]) -> bool:
     return all(any(word in answer.lower() for word in keyword.split("|")) for keyword in keywords)
 
 
-def write_checkpoint(model, tokenizer) -> None:
+def write_checkpoint(model, tokenizer, directory) -> None:
     """Hugging Face's own format: transformers loads the directory as it is."""
     model.generation_config.update(eos_token_id=[tokenizer.token_to_id(EOT), tokenizer.token_to_id(END)], do_sample=False)
-    model.to(torch.bfloat16).save_pretrained(HERE)
-    tokenizer.save(str(HERE / "tokenizer.json"))
-    (HERE / "tokenizer_config.json").write_text(json.dumps({
+    model.to(torch.bfloat16).save_pretrained(directory)
+    tokenizer.save(str(directory / "tokenizer.json"))
+    (directory / "tokenizer_config.json").write_text(json.dumps({
         "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": BOS, "eos_token": EOT, "clean_up_tokenization_spaces": False,
         "model_max_length": model.config.max_position_embeddings, "chat_template": CHAT_TEMPLATE}, indent=2) + "\n")
 
@@ -247,7 +255,8 @@ def write_checkpoint(model, tokenizer) -> None:
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--validate", action="store_true", help="hold back two wordings of every question and score them")
-    parser.add_argument("--minutes", type=float, default=4)
+    parser.add_argument("--output", type=Path, default=HERE, help="directory of the checkpoint")
+    parser.add_argument("--minutes", type=float, default=4.6)
     parser.add_argument("--batch-tokens", type=int, default=32768)
     parser.add_argument("--rate", type=float, default=2e-3)
     parser.add_argument("--weight-decay", type=float, default=0.1)
@@ -262,16 +271,17 @@ def main():
     held_back = []
     if args.validate:
         for entry in entries:
-            held_back += [(entry["questions"].pop(i), entry["keywords"]) for i in (7, 3)]
+            held_back += [(entry["questions"].pop(i), entry["keywords"]) for i in (-1, 3)]
     tokenizer = train_tokenizer(entries)
     model = new_model(tokenizer)
     print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {len(entries)} entries")
     data = Conversations(entries, tokenizer, args.strength, args.question_weight)
     train(model, data, args, device)
     if args.validate:
-        print(f"validation: {score(model, tokenizer, held_back, device):.3f} of {len(held_back)}  {vars(args)}")
-    else:
-        write_checkpoint(model, tokenizer)
+        for i, kind in enumerate(("short of the second round", "of the first")):
+            part = held_back[i::2]
+            print(f"validation, wordings {kind}: {score(model, tokenizer, part, device):.3f} of {len(part)}")
+    write_checkpoint(model, tokenizer, args.output)
 
 
 if __name__ == "__main__":

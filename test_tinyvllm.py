@@ -1,0 +1,1356 @@
+"""What tinyvllm promises, one sentence a test. Run with: pytest
+
+Tests that compare with transformers in the same process run where it is installed; everywhere else the
+values it gave, stored in demo/golden.json, stand in. `python test_tinyvllm.py` writes that file anew.
+"""
+
+import json
+import math
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+import kernels_numba as kernels
+import tinyvllm
+from tinyvllm import LLM, BlockAllocator, Detokenizer, Engine, SamplingParams, Tokenizer, UserError
+
+ROOT = Path(__file__).resolve().parent
+GOLDEN = ROOT / "demo" / "golden.json"
+GREEDY = SamplingParams(temperature=0.0, max_tokens=16, ignore_eos=True)
+
+# -----------------------------------------------------------------------------
+# Random checkpoints, the same in every run
+
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+          "original_max_position_embeddings": 64}
+BASE = dict(architectures=["LlamaForCausalLM"], model_type="llama", hidden_size=64, intermediate_size=96,
+            num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, vocab_size=256,
+            max_position_embeddings=512, rms_norm_eps=1e-5, rope_theta=10000.0, hidden_act="silu",
+            tie_word_embeddings=False, bos_token_id=0, eos_token_id=1)
+SHAPES = {
+    "gqa": {},
+    "mha": {"num_key_value_heads": 4},
+    "mqa": {"num_key_value_heads": 1},
+    "one kv head by default": {"num_attention_heads": 1, "num_key_value_heads": None},
+    "tied": {"tie_word_embeddings": True},
+    "heads wider than hidden": {"head_dim": 32, "hidden_size": 80},
+    "no round numbers": {"vocab_size": 331, "hidden_size": 51, "intermediate_size": 77, "head_dim": 26,
+                         "num_attention_heads": 3, "num_key_value_heads": 1},
+    "llama3 rope, older spelling": {"rope_scaling": LLAMA3, "rope_theta": 500000.0},
+    "llama3 rope, newer spelling": {"rope_theta": None, "rope_parameters": LLAMA3 | {"rope_theta": 500000.0}},
+    "linear rope, older spelling": {"rope_scaling": {"type": "linear", "factor": 4.0}},
+    "linear rope, newer spelling": {"rope_theta": None, "rope_parameters": {
+        "rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0}},
+    "mistral": {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": None},
+    "bf16": {"dtype": "BF16"},
+    "f16 in three shards": {"dtype": "F16", "shards": 3},
+}
+PROMPT_LENGTHS = (1, 15, 16, 17, 100)              # around the block size of 16, and several chunks
+
+
+def make_checkpoint(directory, dtype="F32", shards=1, seed=0, **changes):
+    """Writes a random checkpoint whose greedy answers wander: weights of natural size, a lively embedding."""
+    config = {name: value for name, value in (BASE | changes).items() if value is not None}
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "config.json").write_text(json.dumps(config))
+    rng = np.random.default_rng(seed)
+    numpy_type = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}[dtype]
+    _, table = tinyvllm.allocate_weights(tinyvllm.load_config(directory))
+    tensors = {}
+    for name, place in table.items():
+        scale = 1.0 if "embed" in name else 1.5 / math.sqrt(place.shape[-1])
+        values = rng.standard_normal(place.shape) * (0.1 if place.ndim == 1 else scale) + (place.ndim == 1)
+        tensors[name] = values.astype(numpy_type)
+    names = list(tensors)
+    if shards == 1:
+        save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+        return directory
+    weight_map = {}
+    for i in range(shards):
+        file = f"model-{i + 1:05}-of-{shards:05}.safetensors"
+        part = names[i::shards]
+        save_file({name: tensors[name] for name in part}, directory / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(part, file)
+    (directory / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    return directory
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory):
+    """checkpoints("gqa") is the directory of that random model, made once."""
+    root, made = tmp_path_factory.mktemp("checkpoints"), {}
+
+    def get(shape):
+        if shape not in made:
+            made[shape] = make_checkpoint(root / re.sub(r"\W+", "-", shape), **SHAPES[shape])
+        return made[shape]
+    return get
+
+
+@pytest.fixture(scope="session")
+def demo():
+    return Engine(max_num_seqs=16)
+
+
+def prompt_ids(length, vocab_size=256, seed=0):
+    return np.random.default_rng([length, seed]).integers(2, vocab_size, length).tolist()
+
+
+def poisoned(engine):
+    """The same engine with NaN wherever nothing was written yet: whoever reads it is found out."""
+    for name, buffer in vars(engine).items():
+        if isinstance(buffer, np.ndarray) and name not in ("cos", "sin"):
+            buffer.fill(np.nan)
+    return engine
+
+
+def tokens_of(engine, prompts, params=GREEDY):
+    outputs = engine.generate([{"prompt_token_ids": ids} for ids in prompts], params, use_tqdm=False)
+    return [output.outputs[0].token_ids for output in outputs]
+
+
+def all_logits(engine, ids):
+    """Logits (T, V) of every position of a prompt, from one prefill step."""
+    engine.allocator.forget_hashes()
+    engine.add_request("logits", {"prompt_token_ids": ids}, GREEDY)
+    batch = engine.schedule()
+    rows, x = np.arange(len(ids), dtype=np.int32), engine.forward(batch)
+    logits = np.concatenate([engine.compute_logits(x, rows[i:i + 16]).copy() for i in range(0, len(ids), 16)])
+    engine.abort_request("logits")
+    engine.allocator.forget_hashes()
+    return logits
+
+
+def float32_bound(cfg, logits):
+    """Rounding of a float32 forward pass: eps * sqrt(sum length) per matmul, some twelve operations a layer."""
+    length = max(cfg.hidden_size, cfg.intermediate_size)
+    return np.finfo(np.float32).eps * math.sqrt(length) * 12 * cfg.num_hidden_layers * np.abs(logits).max()
+
+
+# -----------------------------------------------------------------------------
+# Parity with Hugging Face transformers                               (lesson 2)
+
+
+def hf_model(directory):
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    transformers.utils.logging.disable_progress_bar()
+    return torch, transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+
+
+def hf_greedy(torch, model, ids, count):
+    inputs = torch.tensor([ids])
+    output = model.generate(inputs, attention_mask=torch.ones_like(inputs), max_new_tokens=count, min_new_tokens=count,
+                            do_sample=False, eos_token_id=None, pad_token_id=0)
+    return output[0, len(ids):].tolist()
+
+
+def shape_prompts(shape):
+    return [prompt_ids(length, SHAPES[shape].get("vocab_size", BASE["vocab_size"])) for length in PROMPT_LENGTHS]
+
+
+@pytest.fixture(scope="session")
+def golden():
+    return json.loads(GOLDEN.read_text())
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_greedy_tokens_equal_those_of_transformers_stored(shape, checkpoints, golden):
+    engine = poisoned(Engine(checkpoints(shape)))
+    assert tokens_of(engine, shape_prompts(shape)) == golden["tokens"][shape]
+    logits = all_logits(engine, shape_prompts(shape)[-1])
+    stored = np.array(golden["last_logits"][shape], np.float32)
+    assert np.abs(logits[-1, :len(stored)] - stored).max() <= float32_bound(engine.cfg, logits)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_logits_equal_those_of_transformers_live(shape, checkpoints):
+    torch, model = hf_model(checkpoints(shape))
+    engine = poisoned(Engine(checkpoints(shape)))
+    for ids in shape_prompts(shape):
+        with torch.no_grad():
+            theirs = model(torch.tensor([ids])).logits[0].numpy()
+        ours = all_logits(engine, ids)
+        bound = float32_bound(engine.cfg, theirs)
+        assert np.abs(ours - theirs).max() <= bound, (shape, len(ids), np.abs(ours - theirs).max() / bound)
+        assert tokens_of(engine, [ids]) == [hf_greedy(torch, model, ids, GREEDY.max_tokens)]
+
+
+def test_the_demo_model_answers_as_in_transformers(demo, golden):
+    for entry in golden["demo"]:
+        prompt = demo.chat_prompt(entry["messages"])
+        assert prompt["prompt"] == entry["rendered"]
+        assert prompt["prompt_token_ids"] == entry["prompt_token_ids"]
+        output, = demo.chat(entry["messages"], SamplingParams(temperature=0, max_tokens=100))
+        assert output.outputs[0].token_ids == entry["token_ids"] and output["text"] == entry["text"]
+
+
+def test_the_demo_model_answers_as_in_transformers_live(demo):
+    torch, model = hf_model(tinyvllm.DEMO)
+    for length in PROMPT_LENGTHS:
+        ids = prompt_ids(length, demo.cfg.vocab_size)
+        assert tokens_of(demo, [ids]) == [hf_greedy(torch, model, ids, GREEDY.max_tokens)]
+
+
+def test_a_deep_context_stays_equal(checkpoints):
+    torch, model = hf_model(checkpoints("llama3 rope, newer spelling"))
+    engine, ids = Engine(checkpoints("llama3 rope, newer spelling")), prompt_ids(100)
+    deep = SamplingParams(temperature=0, max_tokens=400, ignore_eos=True)
+    assert tokens_of(engine, [ids], deep) == [hf_greedy(torch, model, ids, 400)]
+
+
+def adjacent_pairs_rope(qk, cos, sin, positions):
+    c, s = cos[positions][:, None], sin[positions][:, None]
+    even, odd = qk[..., ::2].copy(), qk[..., 1::2].copy()
+    qk[..., ::2], qk[..., 1::2] = even * c - odd * s, odd * c + even * s
+
+
+def unscaled_attention(out, q, *rest):
+    kernels.paged_attention_ref(out, q * np.float32(math.sqrt(q.shape[-1])), *rest)
+
+
+def late_by_one_attention(out, q, k, v, block_tables, query_starts, seq_lens):
+    kernels.paged_attention_ref(out, q, k, v, block_tables, query_starts, np.maximum(seq_lens - 1, np.diff(query_starts)))
+
+
+@pytest.mark.parametrize("name, mutation", [("rope", adjacent_pairs_rope), ("paged_attention", unscaled_attention),
+                                            ("paged_attention", late_by_one_attention)])
+def test_the_parity_test_catches(name, mutation, checkpoints, golden):
+    engine = Engine(checkpoints("gqa"))
+    engine.ops = tinyvllm.kernels.SimpleNamespace(**vars(kernels.TWINS) | {name: mutation})
+    assert tokens_of(engine, shape_prompts("gqa")) != golden["tokens"]["gqa"]
+
+
+# -----------------------------------------------------------------------------
+# The answer does not depend on the company                  (lessons 14 and 15)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_tokens_are_the_same_batched_chunked_cached_and_preempted(shape, checkpoints, golden):
+    prompts, expected = shape_prompts(shape), golden["tokens"][shape]
+    alone = poisoned(Engine(checkpoints(shape), max_num_seqs=1))
+    assert [tokens_of(alone, [ids])[0] for ids in prompts] == expected
+
+    chunked = poisoned(Engine(checkpoints(shape), max_num_batched_tokens=7))
+    assert tokens_of(chunked, prompts) == expected
+
+    cached = poisoned(Engine(checkpoints(shape)))
+    tokens_of(cached, prompts)
+    outputs = cached.generate([{"prompt_token_ids": ids} for ids in prompts], GREEDY)
+    assert [output.outputs[0].token_ids for output in outputs] == expected
+    # a hit never covers the last prompt token: its logits are wanted
+    assert [output.num_cached_tokens for output in outputs] == [0, 0, 0, 16, 96]
+
+    scarce = poisoned(Engine(checkpoints(shape), num_gpu_blocks_override=12, max_model_len=120))
+    assert tokens_of(scarce, prompts[:3] + prompts[4:] + prompts[:3]) == expected[:3] + expected[4:] + expected[:3]
+
+    static = poisoned(Engine(checkpoints(shape), static_batching=True, max_num_seqs=2))
+    assert tokens_of(static, prompts) == expected
+
+
+def test_preempted_requests_get_their_tokens(checkpoints):
+    prompts = [prompt_ids(30, seed=i) for i in range(6)]
+    long = SamplingParams(temperature=0, max_tokens=60, ignore_eos=True)
+    engine = poisoned(Engine(checkpoints("gqa"), num_gpu_blocks_override=14, max_model_len=96))
+    tokens = tokens_of(engine, prompts, long)
+    assert engine.num_preemptions > 3
+    assert tokens == tokens_of(Engine(checkpoints("gqa")), prompts, long)
+
+
+def test_seeded_samples_are_the_same_alone_and_in_a_batch(checkpoints):
+    def sampled(seed):
+        return SamplingParams(temperature=0.9, top_p=0.95, seed=seed, max_tokens=20, ignore_eos=True)
+    prompts = [prompt_ids(20, seed=i) for i in range(5)]
+    engine = Engine(checkpoints("gqa"))
+    together = engine.generate([{"prompt_token_ids": ids} for ids in prompts], [sampled(i) for i in range(5)])
+    alone = [tokens_of(engine, [ids], sampled(i))[0] for i, ids in enumerate(prompts)]
+    assert [output.outputs[0].token_ids for output in together] == alone
+    assert tokens_of(engine, prompts[:1], sampled(99))[0] != alone[0]
+
+
+def test_a_request_without_a_seed_repeats_with_the_engines_seed(checkpoints):
+    params = SamplingParams(temperature=1, max_tokens=20, ignore_eos=True)
+    first, again, other = (tokens_of(Engine(checkpoints("gqa"), seed=s), [prompt_ids(5)], params) for s in (7, 7, 8))
+    assert first == again != other
+
+
+def test_n_samples_share_the_prompt_and_differ(checkpoints):
+    engine = poisoned(Engine(checkpoints("gqa")))
+    params = SamplingParams(temperature=1, n=4, seed=3, max_tokens=12, ignore_eos=True)
+    output, = engine.generate([{"prompt_token_ids": prompt_ids(50)}], params)
+    assert [sample.index for sample in output.outputs] == [0, 1, 2, 3]
+    assert len({tuple(sample.token_ids) for sample in output.outputs}) == 4
+    assert engine.num_tokens["prefill"] == 50 + 3 * 2          # three full blocks of 16 are computed once
+    single = SamplingParams(temperature=1, seed=5, max_tokens=12, ignore_eos=True)
+    assert tokens_of(engine, [prompt_ids(50)], single)[0] == output.outputs[2].token_ids   # sample i has seed + i
+
+
+# -----------------------------------------------------------------------------
+# Twins                                                      (lessons 4 to 13)
+
+
+def test_bfloat16_is_the_upper_half_of_float32():
+    values = np.array([0.0, -0.0, 1.0, -2.5, 3.4e38, 1e-40, np.inf, -np.inf], ml_dtypes.bfloat16)
+    wide = np.empty(values.shape, np.float32)
+    tinyvllm.copy_to_float32(wide, values)
+    assert np.array_equal(wide, values.astype(np.float32)) and np.signbit(wide[1])
+
+
+def test_silu_survives_extreme_inputs():
+    gate_up = np.array([[-1e30, -100, 0, 100, 1e30, 1, 1, 1, 1, 1]], np.float32)
+    out = np.full((1, 5), np.nan, np.float32)
+    kernels.silu_mul_ref(out, gate_up)
+    assert np.allclose(out, [[0, 0, 0, 100, 1e30]])
+
+
+@pytest.mark.parametrize("T", [1, 2, 4, 5, 33])
+def test_matmul_of_few_and_many_tokens_agree_with_float64(T):
+    rng = np.random.default_rng(T)
+    x, w = rng.standard_normal((T, 77)).astype(np.float32), rng.standard_normal((131, 77)).astype(np.float32)
+    out = np.full((T, 131), np.nan, np.float32)
+    kernels.matmul_ref(out, x, w)
+    assert np.abs(out - x.astype(np.float64) @ w.T.astype(np.float64)).max() < 77 * np.finfo(np.float32).eps * 10
+
+
+@pytest.mark.parametrize("H, G", [(4, 4), (4, 2), (6, 1)])
+def test_paged_attention_equals_the_textbook_formula(H, G):
+    """Three requests in scattered blocks with NaN all around: a long chunk, a decode step, a whole prompt."""
+    rng, D, P = np.random.default_rng(H), 8, 4
+    seq_lens, counts = np.array([600, 9, 5], np.int32), [300, 1, 5]
+    starts = np.cumsum([0] + counts, dtype=np.int32)
+    blocks = rng.permutation(200).astype(np.int32)
+    tables, k_cache = np.zeros((3, 150), np.int32), np.full((200, P, G, D), np.nan, np.float32)
+    v_cache, used = k_cache.copy(), 0
+    q, out = rng.standard_normal((306, H, D)).astype(np.float32) * 3, np.full((306, H, D), np.nan, np.float32)
+    expected = np.empty((306, H, D))
+    for b, S in enumerate(seq_lens):
+        n = -(-S // P)
+        tables[b, :n], used = blocks[used:used + n], used + n
+        k, v = rng.standard_normal((2, S, G, D)).astype(np.float32)
+        slots = tables[b, np.arange(S) // P] * P + np.arange(S) % P
+        kernels.write_kv_ref(k_cache, v_cache, k, v, slots)
+        for t in range(counts[b]):
+            for h in range(H):
+                visible, g = S - counts[b] + t + 1, h // (H // G)
+                scores = k[:visible, g].astype(np.float64) @ q[starts[b] + t, h] / math.sqrt(D)
+                expected[starts[b] + t, h] = kernels.softmax_ref(scores) @ v[:visible, g]
+    # slots behind a context's end in its last block stay NaN: they are masked, not multiplied by zero
+    kernels.paged_attention_ref(out, q, k_cache, v_cache, tables, starts, seq_lens)
+    assert np.abs(out - expected).max() < 1e-5
+
+
+# -----------------------------------------------------------------------------
+# Sampling                                                           (lesson 16)
+
+
+def draws(logits, count=20000, **options):
+    settings = dict(temperature=1.0, top_k=0, top_p=1.0, min_p=0.0) | options
+    return Counter(kernels.sample_ref(logits.copy(), seed=5, position=i, **settings) for i in range(count))
+
+
+def test_draws_follow_the_softmax():
+    logits = np.array([2.0, 1.0, 0.0, -1.0, 1.5, -30.0], np.float32)
+    for temperature in (0.7, 1.0, 2.0):
+        expected = kernels.softmax_ref(logits / temperature) * 20000
+        seen = draws(logits, temperature=temperature)
+        chi_square = sum((seen[i] - e) ** 2 / e for i, e in enumerate(expected) if e > 5)
+        assert chi_square < 20.5, (temperature, seen)          # 4 degrees of freedom: 0.04 % of fair samplers fail
+        assert seen[5] == 0
+
+
+def test_draws_are_independent_across_seeds_positions_and_tokens():
+    logits = np.zeros(2, np.float32)
+    bits = np.array([[kernels.sample_ref(logits.copy(), 1, 0, 1, 0, seed, position) for position in range(200)]
+                     for seed in range(200)])
+    sigma = 0.5 / math.sqrt(200)
+    assert abs(bits.mean() - 0.5) < 4 * sigma / math.sqrt(200)
+    assert np.abs(np.corrcoef(bits)[np.triu_indices(200, 1)]).max() < 0.4
+    assert np.isfinite(kernels.gumbel_ref(2**64 - 1, 2**31, 100000)).all()
+
+
+def test_nucleus_keeps_the_token_that_crosses_p_and_the_likeliest_always():
+    logits = np.log(np.array([0.5, 0.3, 0.15, 0.05], np.float32))
+    for p, kept in ((0.4, 1), (0.6, 2), (0.9, 3), (0.96, 4), (1e-6, 1)):
+        row = logits.copy()
+        kernels.top_p_ref(row, p)
+        assert (row > -np.inf).sum() == kept, p
+
+
+def test_processing_equals_transformers_live():
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    rng = np.random.default_rng(0)
+    for trial in range(50):
+        logits = rng.standard_normal(300).astype(np.float32) * 3
+        seen = rng.integers(0, 300, 40)
+        k, p, m, penalty = int(rng.integers(1, 300)), rng.uniform(0.1, 1), rng.uniform(0, 0.3), rng.uniform(0.5, 2)
+        theirs, ids = torch.tensor(logits)[None], torch.tensor(seen)[None]
+        for processor in (transformers.RepetitionPenaltyLogitsProcessor(penalty), transformers.TemperatureLogitsWarper(0.7),
+                          transformers.TopKLogitsWarper(k), transformers.TopPLogitsWarper(p), transformers.MinPLogitsWarper(m)):
+            theirs = processor(ids, theirs)
+        in_prompt = np.isin(np.arange(300), seen[:20])
+        kernels.penalize_ref(logits, np.bincount(seen[20:], minlength=300), in_prompt, penalty, 0, 0)
+        logits /= np.float32(0.7)
+        kernels.top_k_ref(logits, k)
+        kernels.top_p_ref(logits, p)
+        kernels.min_p_ref(logits, m)
+        assert np.array_equal(logits > -np.inf, theirs[0].numpy() > -np.inf), trial
+        assert np.allclose(logits[logits > -np.inf], theirs[theirs > -np.inf].numpy(), rtol=1e-6)
+
+
+def test_penalties_count_the_output_and_repetition_the_prompt_too():
+    logits = np.array([4.0, -4.0, 4.0, 4.0], np.float32)
+    kernels.penalize_ref(logits, np.array([0, 0, 1, 3]), np.array([True, True, False, False]), 2.0, 0.5, 0.25)
+    assert logits.tolist() == [2.0, -8.0, 2.0 - 0.5 - 0.25, 2.0 - 0.5 - 0.75]
+
+
+def test_a_strong_penalty_forbids_repetition(checkpoints):
+    params = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True, frequency_penalty=2, presence_penalty=2,
+                            repetition_penalty=10)
+    tokens, = tokens_of(Engine(checkpoints("gqa")), [prompt_ids(10)], params)
+    assert len(set(tokens)) == 40 and not set(tokens) & set(prompt_ids(10))
+
+
+def test_logit_bias_forces_and_bans_tokens(checkpoints):
+    engine = Engine(checkpoints("gqa"))
+    assert tokens_of(engine, [[5]], SamplingParams(temperature=0, max_tokens=4, logit_bias={77: 100}))[0] == [77] * 4
+    plain = tokens_of(engine, [[5]])[0][0]
+    assert tokens_of(engine, [[5]], SamplingParams(temperature=0, max_tokens=1, logit_bias={plain: -100}))[0] != [plain]
+
+
+def test_logprobs_are_those_of_the_raw_logits(checkpoints):
+    engine, ids = Engine(checkpoints("gqa")), prompt_ids(20)
+    reference = kernels.log_softmax_ref(all_logits(engine, ids).astype(np.float64))
+    params = SamplingParams(temperature=5, seed=1, max_tokens=1, logprobs=3, prompt_logprobs=2, logit_bias={9: 100})
+    output, = engine.generate([{"prompt_token_ids": ids}], params)
+    entry = output.outputs[0].logprobs[0]
+    best = np.argsort(-reference[-1])
+    assert list(entry)[0] == 9 and entry[9].rank == 1 + int((reference[-1] > reference[-1][9]).sum())
+    assert [token for token, lp in sorted(entry.items(), key=lambda item: item[1].rank)][:3] == best[:3].tolist()
+    assert all(abs(lp.logprob - reference[-1][token]) < 1e-4 for token, lp in entry.items())
+    assert abs(output.outputs[0].cumulative_logprob - reference[-1][9]) < 1e-4
+    assert output.prompt_logprobs[0] is None and len(output.prompt_logprobs) == len(ids)
+    for position, entry in enumerate(output.prompt_logprobs[1:]):
+        assert abs(entry[ids[position + 1]].logprob - reference[position][ids[position + 1]]) < 1e-4
+    everything = SamplingParams(temperature=0, max_tokens=1, logprobs=-1)
+    assert len(engine.generate([{"prompt_token_ids": ids}], everything)[0].outputs[0].logprobs[0]) == 256
+
+
+def test_prompt_logprobs_survive_chunks_samples_and_the_prefix_cache(checkpoints):
+    ids, params = prompt_ids(40), SamplingParams(temperature=1, n=2, seed=1, max_tokens=2, prompt_logprobs=0)
+    whole, = Engine(checkpoints("gqa")).generate([{"prompt_token_ids": ids}], params)
+    engine = Engine(checkpoints("gqa"), max_num_batched_tokens=7, max_num_seqs=3)
+    tokens_of(engine, [ids])
+    chunked, = engine.generate([{"prompt_token_ids": ids}], params)
+    for ours, theirs in zip(chunked.prompt_logprobs[1:], whole.prompt_logprobs[1:], strict=True):
+        assert ours.keys() == theirs.keys()
+        assert all(abs(ours[token].logprob - theirs[token].logprob) < 1e-4 for token in ours)
+
+
+def test_min_tokens_holds_back_every_way_to_stop(demo):
+    prompt = demo.chat_prompt([{"role": "user", "content": "What is a token?"}])
+    free, = demo.generate(prompt, SamplingParams(temperature=0, max_tokens=200))
+    longer = len(free["token_ids"]) + 5
+    held, = demo.generate(prompt, SamplingParams(temperature=0, max_tokens=longer, min_tokens=longer, stop=free["text"][:8]))
+    assert len(held["token_ids"]) == longer and held["text"].startswith(free["text"])
+
+
+@pytest.mark.parametrize("change, message", [
+    (dict(n=0), "n is 0, expected an integer at least 1"),
+    (dict(n=2, temperature=0), "n is 2 with temperature 0"),
+    (dict(temperature=-0.1), "temperature is -0.1, expected a number at least 0"),
+    (dict(temperature=math.nan), "temperature is nan"),
+    (dict(temperature="hot"), "temperature is 'hot'"),
+    (dict(top_p=0), r"top_p is 0, expected a number in \(0, 1\]"),
+    (dict(top_p=1.1), "top_p is 1.1"),
+    (dict(top_k=-2), "top_k is -2"),
+    (dict(top_k=1.5), "top_k is 1.5, expected an integer"),
+    (dict(min_p=1.5), r"min_p is 1.5, expected a number in \[0, 1\]"),
+    (dict(repetition_penalty=0), "repetition_penalty is 0, expected a number above 0"),
+    (dict(presence_penalty=3), r"presence_penalty is 3, expected a number in \[-2, 2\]"),
+    (dict(frequency_penalty=-2.5), "frequency_penalty is -2.5"),
+    (dict(max_tokens=0), "max_tokens is 0, expected an integer at least 1 or None"),
+    (dict(max_tokens=4, min_tokens=5), r"min_tokens is 5, expected an integer in \[0, 4\]"),
+    (dict(stop=[""]), "stop is"),
+    (dict(stop="x", detokenize=False), "stop strings need text"),
+    (dict(stop_token_ids=["a"]), "stop_token_ids is"),
+    (dict(logprobs=-2), "logprobs is -2"),
+    (dict(logit_bias={3: 200}), "logit_bias has 3: 200"),
+    (dict(seed=-5), "seed is -5"),
+    (dict(seed=True), "seed is True"),
+])
+def test_bad_sampling_values_are_named_with_their_range(change, message):
+    with pytest.raises(ValueError, match=message):
+        SamplingParams(**change)
+
+
+def test_unknown_names_are_refused():
+    with pytest.raises(TypeError, match="tempreature"):
+        SamplingParams(tempreature=1)
+    with pytest.raises(TypeError, match="max_model_length"):
+        LLM(tinyvllm.DEMO, max_model_length=3)
+
+
+def test_greedy_ignores_the_other_filters():
+    params = SamplingParams(temperature=1e-6, top_k=5, top_p=0.5, min_p=0.5)
+    assert params.greedy and (params.top_k, params.top_p, params.min_p) == (0, 1.0, 0.0)
+
+
+# -----------------------------------------------------------------------------
+# BlockAllocator and the scheduler                           (lessons 12 to 15)
+
+
+def test_blocks_are_never_lost_shared_wrongly_or_freed_twice():
+    """Random use against a plain model: which blocks each owner holds, and which names are alive."""
+    rng, allocator, owners, free_order = np.random.default_rng(0), BlockAllocator(10), {}, list(range(10))
+    for step in range(5000):
+        action = rng.choice([0, 1, 2, 2])
+        if action == 0 and free_order:
+            block = allocator.allocate()
+            assert block == free_order.pop(0)
+            owners[step] = block
+            if rng.random() < 0.5:
+                allocator.register(block, bytes([rng.integers(200)]))
+        elif action == 1 and allocator.block_of:
+            block = allocator.block_of[list(allocator.block_of)[rng.integers(len(allocator.block_of))]]
+            owners[step] = allocator.share(block)
+            free_order = [b for b in free_order if b != block]
+        elif action == 2 and owners:
+            block = owners.pop(list(owners)[rng.integers(len(owners))])
+            allocator.release(block)
+            if block not in owners.values():
+                free_order.insert(len(free_order) if block in allocator.hash_of else 0, block)
+        assert list(allocator.free) == free_order
+        assert allocator.ref_counts == [list(owners.values()).count(b) for b in range(10)]
+        assert {h: b for b, h in allocator.hash_of.items()} == allocator.block_of
+    assert allocator.num_evicted > 100
+    block = allocator.allocate() if free_order else next(iter(owners.values()))
+    for _ in range(allocator.ref_counts[block]):
+        allocator.release(block)
+    with pytest.raises(AssertionError, match="released twice"):
+        allocator.release(block)
+
+
+def check_cache(engine, content):
+    """What must hold between any two steps. `content`: slot -> the context whose last token's KV lies there."""
+    allocator, P = engine.allocator, engine.block_size
+    held = Counter(block for seq in engine.running for block in seq.block_table)
+    assert allocator.ref_counts == [held[block] for block in range(len(allocator.ref_counts))]
+    assert set(allocator.free) == set(range(len(allocator.ref_counts))) - held.keys()
+    assert not any(seq.block_table for seq in engine.waiting)
+    for seq in engine.running:
+        assert len(seq.block_table) >= -(-seq.num_computed // P)
+        for position in range(seq.num_computed):
+            slot = seq.block_table[position // P] * P + position % P
+            assert content[slot] == tuple(seq.token_ids[:position + 1])
+    for block_hash, block in allocator.block_of.items():
+        context, parent = content[block * P + P - 1], b""
+        for i in range(0, len(context), P):
+            parent = tinyvllm.hash_block(parent, list(context[i:i + P]))
+        assert parent == block_hash
+
+
+def write_content(engine, content):
+    """The plain model of write_kv, told from the requests and not from the batch's slots."""
+    batch, P = engine.batch, engine.block_size
+    for seq, count, end in zip(batch.sequences, batch.counts, batch.seq_lens):
+        for position in range(end - count, end):
+            content[seq.block_table[position // P] * P + position % P] = tuple(seq.token_ids[:position + 1])
+
+
+@pytest.mark.parametrize("options", [
+    {}, {"enable_prefix_caching": False}, {"static_batching": True}, {"max_num_seqs": 2}, {"num_gpu_blocks_override": 40},
+    {"max_num_batched_tokens": 64}], ids=str)
+def test_the_scheduler_serves_every_request_under_any_load(options, tmp_path, monkeypatch):
+    settings = dict(block_size=4, num_gpu_blocks_override=11, max_model_len=44, max_num_seqs=5, max_num_batched_tokens=9)
+    make_checkpoint(tmp_path, hidden_size=16, intermediate_size=24, num_hidden_layers=1, vocab_size=97)
+    engine = poisoned(Engine(tmp_path, **settings | options))
+    alone = Engine(tmp_path, block_size=4, max_model_len=44, enable_prefix_caching=False)
+    rng, content, running, finished, steps, submitted = np.random.default_rng(1), {}, {}, {}, 0, 0
+    # the model of the cache is written when the step runs, before finished sequences give their blocks back
+    forward = engine.forward
+    monkeypatch.setattr(engine, "forward", lambda batch: (write_content(engine, content), forward(batch))[1])
+    families = [rng.integers(2, 97, 44).tolist() for _ in range(3)]
+
+    while submitted < 250 or engine.has_unfinished_requests():
+        if submitted < 250 and rng.random() < 0.25:
+            length = int(rng.choice([1, 3, 4, 5, 7, 8, 9, 12, 16, 17, 31, 40, 43]))
+            shared = int(rng.integers(0, length + 1))
+            ids = families[rng.integers(3)][:shared] + rng.integers(2, 97, length - shared).tolist()
+            params = SamplingParams(temperature=0, max_tokens=int(rng.choice([1, 2, 4, 5, 13, 40])), ignore_eos=True)
+            engine.add_request(str(submitted), {"prompt_token_ids": ids}, params)
+            running[str(submitted)] = (ids, params)
+            submitted += 1
+        if running and rng.random() < 0.02:
+            victim = list(running)[rng.integers(len(running))]
+            engine.abort_request(victim)
+            del running[victim]
+            check_cache(engine, content)
+        if not engine.has_unfinished_requests():
+            continue
+        progress = sum(engine.num_tokens.values())
+        outputs = engine.step()
+        steps += 1
+        assert sum(engine.num_tokens.values()) > progress, "a step without progress"
+        assert len(engine.batch.tokens) <= (engine.max_num_batched_tokens if engine.batch.kind == "prefill" else engine.max_num_seqs)
+        check_cache(engine, content)
+        for output in outputs:
+            if output.finished:
+                finished[output.request_id] = (output, running.pop(output.request_id))
+    assert not running and not engine.waiting and not engine.running
+    assert len(engine.allocator.free) == len(engine.allocator.ref_counts)
+    assert steps > 700 and len(finished) > 200
+    for output, (ids, params) in finished.values():
+        assert output.outputs[0].finish_reason == "length"
+        assert [output.outputs[0].token_ids] == tokens_of(alone, [ids], params)
+
+
+def timeline(engine, arrivals):
+    """Steps as (kind, {request: tokens computed}); `arrivals` maps a step to requests (id, prompt length, new tokens)."""
+    steps = []
+    while engine.has_unfinished_requests() or any(at >= len(steps) for at in arrivals):
+        for request_id, length, new in arrivals.get(len(steps), []):
+            ids = prompt_ids(length, 97, seed=ord(request_id))
+            engine.add_request(request_id, {"prompt_token_ids": ids}, SamplingParams(temperature=0, max_tokens=new, ignore_eos=True))
+        engine.step()
+        batch = engine.batch
+        steps.append((batch.kind, {seq.request.request_id: count for seq, count in zip(batch.sequences, batch.counts)}))
+    return steps
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    return make_checkpoint(tmp_path_factory.mktemp("tiny"), hidden_size=16, intermediate_size=24, num_hidden_layers=1,
+                           vocab_size=97)
+
+
+def test_prompts_are_packed_and_a_newcomer_joins_the_running_batch(tiny):
+    engine = Engine(tiny, block_size=4, max_num_batched_tokens=16)
+    assert timeline(engine, {0: [("a", 5, 4), ("b", 3, 2)], 2: [("c", 4, 2)]}) == [
+        ("prefill", {"a": 5, "b": 3}),             # packed, and each gets its first token
+        ("decode", {"a": 1, "b": 1}),              # b has its two tokens and leaves
+        ("prefill", {"c": 4}),                     # c takes the free place at once
+        ("decode", {"a": 1, "c": 1}),
+        ("decode", {"a": 1}),
+    ]
+
+
+def test_static_batching_lets_nobody_in_until_all_have_left(tiny):
+    engine = Engine(tiny, block_size=4, max_num_batched_tokens=16, static_batching=True)
+    assert timeline(engine, {0: [("a", 5, 4), ("b", 3, 2)], 2: [("c", 4, 2)]}) == [
+        ("prefill", {"a": 5, "b": 3}),
+        ("decode", {"a": 1, "b": 1}),
+        ("decode", {"a": 1}),                      # c waits, though b's place is empty
+        ("decode", {"a": 1}),
+        ("prefill", {"c": 4}),
+        ("decode", {"c": 1}),
+    ]
+
+
+def test_static_batching_fills_its_batch_over_several_prefill_steps(tiny):
+    engine = Engine(tiny, block_size=4, max_num_batched_tokens=8, static_batching=True)
+    assert timeline(engine, {0: [("a", 6, 3), ("b", 6, 2)]}) == [
+        ("prefill", {"a": 6, "b": 2}),
+        ("prefill", {"b": 4}),
+        ("decode", {"a": 1, "b": 1}),
+        ("decode", {"a": 1}),
+    ]
+
+
+def test_a_long_prompt_delays_the_others_by_one_chunk_at_most(tiny):
+    engine = Engine(tiny, block_size=4, max_num_batched_tokens=8)
+    assert timeline(engine, {0: [("a", 4, 5)], 1: [("b", 20, 2)]}) == [
+        ("prefill", {"a": 4}),
+        ("decode", {"a": 1}),                      # prefill and decode alternate while both have work
+        ("prefill", {"b": 8}),
+        ("decode", {"a": 1}),
+        ("prefill", {"b": 8}),
+        ("decode", {"a": 1}),
+        ("prefill", {"b": 4}),
+        ("decode", {"a": 1, "b": 1}),
+    ]
+
+
+def test_the_youngest_gives_way_when_blocks_run_out_and_computes_again(tiny):
+    engine = Engine(tiny, block_size=4, num_gpu_blocks_override=4, max_model_len=16, enable_prefix_caching=False)
+    assert timeline(engine, {0: [("a", 4, 6)], 1: [("b", 4, 3)]}) == [
+        ("prefill", {"a": 4}),
+        ("decode", {"a": 1}),
+        ("prefill", {"b": 4}),                     # a holds two blocks, b one, one is left
+        ("decode", {"a": 1, "b": 1}),              # b takes it
+        ("decode", {"a": 1, "b": 1}),              # b ends before a needs a third
+        ("decode", {"a": 1}),
+        ("decode", {"a": 1}),
+    ]
+    engine = Engine(tiny, block_size=4, num_gpu_blocks_override=4, max_model_len=16, enable_prefix_caching=False)
+    assert timeline(engine, {0: [("a", 7, 6)], 1: [("b", 3, 6)]}) == [
+        ("prefill", {"a": 7}),
+        ("decode", {"a": 1}),
+        ("prefill", {"b": 3}),                     # a holds two blocks, and with the next step three; b the fourth
+        ("decode", {"a": 1, "b": 1}),
+        ("decode", {"a": 1}),                      # b needs another block, there is none, and b is the youngest
+        ("decode", {"a": 1}),
+        ("decode", {"a": 1}),                      # a ends
+        ("prefill", {"b": 5}),                     # prompt and output so far, in one prefill
+        ("decode", {"b": 1}),
+        ("decode", {"b": 1}),
+        ("decode", {"b": 1}),
+    ]
+    assert engine.num_preemptions == 1
+
+
+def test_a_common_prefix_is_computed_once_even_in_the_same_step(tiny):
+    engine = Engine(tiny, block_size=4)
+    shared = prompt_ids(9, 97)
+    for request_id, tail in (("a", [5]), ("b", [6]), ("c", [])):
+        engine.add_request(request_id, {"prompt_token_ids": shared + tail}, GREEDY)
+    engine.step()
+    assert engine.batch.counts == [10, 2, 1]       # two full blocks of four come from a
+    assert [seq.block_table[:2] for seq in engine.running] == [engine.running[0].block_table[:2]] * 3
+
+
+def test_the_least_recently_used_prefix_is_evicted(tiny):
+    engine = Engine(tiny, block_size=4, num_gpu_blocks_override=8, max_model_len=32)
+    once = SamplingParams(temperature=0, max_tokens=1)
+    old, recent, big = prompt_ids(9, 97, 1), prompt_ids(9, 97, 2), prompt_ids(17, 97, 3)
+
+    def cached(ids):
+        return engine.generate({"prompt_token_ids": ids}, once)[0].num_cached_tokens
+    assert [cached(old), cached(recent), cached(old), cached(big)] == [0, 0, 8, 0]
+    assert [cached(old), cached(recent)] == [8, 4]              # recent's end was the least recently used
+
+
+def test_an_answer_that_reaches_the_context_ends_by_length(tiny):
+    engine = Engine(tiny, block_size=4, max_model_len=20)
+    output, = engine.generate({"prompt_token_ids": prompt_ids(15, 97)}, SamplingParams(temperature=0, max_tokens=None, ignore_eos=True))
+    assert len(output["token_ids"]) == 5 and output["finish_reason"] == "length"
+
+
+def test_aborting_gives_blocks_back_and_leaves_the_others_alone(checkpoints):
+    engine, prompts = poisoned(Engine(checkpoints("gqa"))), [prompt_ids(20, seed=i) for i in range(3)]
+    for i, ids in enumerate(prompts):
+        engine.add_request(str(i), {"prompt_token_ids": ids}, GREEDY)
+    engine.step()
+    engine.step()
+    engine.abort_request("1")
+    engine.abort_request("no such request")
+    outputs = {}
+    while engine.has_unfinished_requests():
+        outputs |= {output.request_id: output for output in engine.step()}
+    assert engine.allocator.ref_counts == [0] * len(engine.allocator.ref_counts)
+    assert [outputs[i]["token_ids"] for i in "02"] == tokens_of(engine, [prompts[0], prompts[2]])
+
+
+def test_leaving_a_stream_early_aborts_its_request(demo):
+    for _ in demo.stream("The KV cache", GREEDY):
+        break
+    assert not demo.has_unfinished_requests() and not any(demo.allocator.ref_counts)
+
+
+def test_a_failing_step_loses_its_own_requests_only(checkpoints, monkeypatch):
+    engine = Engine(checkpoints("gqa"), max_num_seqs=1)
+    for i in range(2):
+        engine.add_request(str(i), {"prompt_token_ids": prompt_ids(20, seed=i)}, GREEDY)
+    broken = lambda *arguments: 1 / 0              # noqa: E731
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "ops", tinyvllm.kernels.SimpleNamespace(**vars(kernels.TWINS) | {"silu_mul": broken}))
+        with pytest.raises(ZeroDivisionError):
+            engine.step()
+    assert list(engine.requests) == ["1"] and not engine.allocator.block_of
+    while engine.has_unfinished_requests():
+        output, = engine.step()
+    assert output["token_ids"] == tokens_of(engine, [prompt_ids(20, seed=1)])[0]
+
+
+def test_logits_that_are_not_finite_end_the_request_and_say_so(checkpoints):
+    engine = Engine(checkpoints("gqa"))
+    engine.weights.embed[7] = np.nan
+    bad, good = engine.generate([{"prompt_token_ids": [7]}, {"prompt_token_ids": [8]}], GREEDY)
+    assert bad["finish_reason"] == "error" and "not finite" in bad["stop_reason"]
+    assert good["finish_reason"] == "length" and not any(engine.allocator.ref_counts)
+
+
+# -----------------------------------------------------------------------------
+# Checkpoints that cannot be loaded say why, in one sentence          (lesson 3)
+
+
+def refuses(directory, *parts, **options):
+    with pytest.raises(UserError) as caught:
+        Engine(directory, **options)
+    message = str(caught.value)
+    assert all(part in message for part in parts), message
+    assert "\n" not in message
+
+
+@pytest.fixture
+def broken(checkpoints, tmp_path):
+    """A copy of a good checkpoint, to be damaged."""
+    return Path(shutil.copytree(checkpoints("gqa"), tmp_path / "broken"))
+
+
+def change_json(path, **changes):
+    path.write_text(json.dumps({k: v for k, v in (json.loads(path.read_text()) | changes).items() if v is not None}))
+
+
+def change_tensors(directory, change):
+    with tinyvllm.safe_open(directory / "model.safetensors", framework="np") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}
+    change(tensors)
+    save_file(tensors, directory / "model.safetensors")
+
+
+def test_every_tensor_that_does_not_fit_is_named_at_once(broken):
+    def damage(tensors):
+        del tensors["model.layers.1.mlp.up_proj.weight"], tensors["model.norm.weight"]
+        tensors["model.layers.0.self_attn.q_proj.bias"] = np.zeros(64, np.float32)
+        tensors["lm_head.weight"] = tensors["lm_head.weight"][:-1]
+        tensors["model.layers.0.mlp.down_proj.weight"] = np.zeros((64, 96), np.int32)
+    change_tensors(broken, damage)
+    refuses(broken, "missing model.layers.1.mlp.up_proj.weight", "missing model.norm.weight",
+            "unexpected model.layers.0.self_attn.q_proj.bias", "lm_head.weight has shape (255, 64), expected (256, 64)",
+            "model.layers.0.mlp.down_proj.weight has type I32, expected BF16, F16 or F32")
+
+
+def test_harmless_extra_tensors_are_ignored(checkpoints, tmp_path, golden):
+    directory = Path(shutil.copytree(checkpoints("tied"), tmp_path / "tied"))
+    change_tensors(directory, lambda tensors: tensors.update({
+        "lm_head.weight": tensors["model.embed_tokens.weight"].copy(),
+        "model.layers.0.self_attn.rotary_emb.inv_freq": np.zeros(8, np.float32)}))
+    assert tokens_of(Engine(directory), shape_prompts("tied")) == golden["tokens"]["tied"]
+
+
+def test_truncated_pointer_and_html_files_are_recognised(broken):
+    file = broken / "model.safetensors"
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-1000])
+    refuses(broken, "model.safetensors", f"promises {len(whole)} bytes, the file has {len(whole) - 1000}")
+    file.write_bytes(whole[:100])
+    refuses(broken, "truncated: its header is", "the file has 100")
+    file.write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    refuses(broken, "Git-LFS pointer", "git lfs pull")
+    file.write_bytes(b"<!doctype html><title>404</title>")
+    refuses(broken, "HTML page", "download it again")
+    file.write_bytes(b"")
+    refuses(broken, "truncated")
+    file.write_bytes((20).to_bytes(8, "little") + b"not json at all, no.")
+    refuses(broken, "header is damaged")
+    file.unlink()
+    refuses(broken, "neither model.safetensors nor model.safetensors.index.json")
+
+
+def test_an_index_must_name_files_that_are_there(checkpoints, tmp_path):
+    directory = Path(shutil.copytree(checkpoints("f16 in three shards"), tmp_path / "shards"))
+    index = directory / "model.safetensors.index.json"
+    good = json.loads(index.read_text())["weight_map"]
+    (directory / "model-00002-of-00003.safetensors").rename(directory / "elsewhere")
+    refuses(directory, "names files that are not there: model-00002-of-00003.safetensors")
+    for outside in ("../model.safetensors", "/etc/passwd", ".."):
+        change_json(index, weight_map=good | {"model.norm.weight": outside})
+        refuses(directory, "outside its directory", outside)
+    index.write_text("{}")
+    refuses(directory, "weight_map is missing or damaged")
+
+
+@pytest.mark.parametrize("changes, parts", [
+    (dict(architectures=["GPT2LMHeadModel"]), ["GPT2LMHeadModel is not supported", "LlamaForCausalLM, MistralForCausalLM"]),
+    (dict(architectures=None, model_type="bert"), ["model_type 'bert' is not supported"]),
+    (dict(sliding_window=128), ["sliding_window is 128"]),
+    (dict(attention_bias=True), ["attention_bias is True"]),
+    (dict(hidden_act="gelu"), ["hidden_act is 'gelu', supported is only 'silu'"]),
+    (dict(quantization_config={"bits": 4}), ["quantization_config"]),
+    (dict(rope_scaling={"rope_type": "yarn", "factor": 2}), ["rope_type 'yarn' is not supported", "default, linear, llama3"]),
+    (dict(rope_scaling={"rope_type": "linear"}), ["rope_type 'linear' has factor None, expected a positive number"]),
+    (dict(num_key_value_heads=3), ["4 attention heads cannot be shared by 3"]),
+    (dict(hidden_size=None), ["hidden_size is None, expected a positive int"]),
+    (dict(vocab_size="many"), ["vocab_size is 'many'"]),
+    (dict(head_dim=15), ["head_dim is 15, expected an even number"]),
+    (dict(rms_norm_eps=0), ["rms_norm_eps is 0"]),
+])
+def test_a_config_that_cannot_run_is_refused(broken, changes, parts):
+    change_json(broken / "config.json", **changes)
+    refuses(broken, *parts)
+
+
+def test_broken_json_names_the_place(broken):
+    config = broken / "config.json"
+    config.write_text('{"vocab_size": 3,\n oops}')
+    refuses(broken, "config.json is not valid JSON", "line 2, column 2")
+    config.write_text("[1]")
+    refuses(broken, "holds a JSON list, expected an object")
+    config.write_bytes(b"\xff\xfe{}")
+    refuses(broken, "not UTF-8")
+    config.write_text("<html>")
+    refuses(broken, "HTML page")
+    config.unlink()
+    refuses(broken, "has no config.json", "expected a Hugging Face checkpoint directory")
+
+
+def test_a_broken_tokenizer_is_named(broken):
+    (broken / "tokenizer.json").write_text("version https://git-lfs.github.com/spec/v1")
+    refuses(broken, "tokenizer.json is not a usable tokenizer", "Git-LFS")
+
+
+def test_models_are_found_as_the_hub_finds_them(checkpoints, tmp_path, monkeypatch, golden):
+    """A hub id is looked up in the cache that HF_HUB_CACHE names; with HF_HUB_OFFLINE nothing else is tried."""
+    script = ("import sys, tinyvllm; e = tinyvllm.Engine(sys.argv[1]);"
+              "print(e.generate({'prompt_token_ids': [5]}, tinyvllm.SamplingParams(temperature=0, max_tokens=3))[0]['token_ids'])")
+    repo = tmp_path / "models--some--model"
+    shutil.copytree(checkpoints("gqa"), repo / "snapshots" / "abc123")
+    (repo / "refs").mkdir()
+    (repo / "refs" / "main").write_text("abc123")
+    environment = os.environ | {"HF_HUB_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+
+    def load(name):
+        return subprocess.run([sys.executable, "-c", script, name], env=environment, cwd=ROOT, capture_output=True, text=True)
+    assert load("some/model").stdout.strip() == str(tokens_of(Engine(checkpoints("gqa")), [[5]])[0][:3])
+    assert "other/model is not in the Hugging Face cache and cannot be downloaded (HF_HUB_OFFLINE is set)" in load("other/model").stderr
+    for name in ("no/such/dir", "nothing", "/nowhere", "..//x"):
+        with pytest.raises(UserError, match="there is no directory"):
+            Engine(name)
+    with pytest.raises(UserError, match="is a file"):
+        Engine(checkpoints("gqa") / "config.json")
+
+
+# -----------------------------------------------------------------------------
+# Prompts that cannot be served say why; the others go on
+
+
+@pytest.mark.parametrize("prompt, message", [
+    ("", "the prompt is empty"),
+    ({"prompt_token_ids": []}, "the prompt is empty"),
+    ({"prompt_token_ids": [5, 3072]}, "token id 3072, expected integers from 0 to 3071"),
+    ({"prompt_token_ids": [-1]}, "token id -1"),
+    ({"prompt_token_ids": [1.5]}, "token id 1.5"),
+    ({"prompt_token_ids": ["a"]}, "token id 'a'"),
+    ({"prompt_token_ids": [5] * 2048}, "the prompt has 2048 tokens, the context holds 2048"),
+    ({"promt": "x"}, r"keys \['promt'\], expected 'prompt' or 'prompt_token_ids'"),
+    (17, "the prompt is a int"),
+    ("\ud800", "lone surrogates"),
+])
+def test_bad_prompts_are_refused_and_nothing_else_is_lost(demo, prompt, message):
+    demo.add_request("good", "What is a block?", GREEDY)
+    with pytest.raises(ValueError, match=message):
+        demo.add_request("bad", prompt, GREEDY)
+    with pytest.raises(ValueError, match=message):
+        demo.submit(["a good one", prompt], GREEDY)
+    assert demo.get_num_unfinished_requests() == 1
+    while demo.has_unfinished_requests():
+        output, = demo.step()
+    assert output.request_id == "good" and output.finished and not any(demo.allocator.ref_counts)
+
+
+@pytest.mark.parametrize("params, message", [
+    (SamplingParams(stop_token_ids=[9999]), "stop_token_ids holds token id 9999, expected 0 to 3071"),
+    (SamplingParams(logit_bias={9999: 1}), "logit_bias holds token id 9999"),
+    (SamplingParams(logprobs=4000), "logprobs is 4000, expected at most the vocabulary of 3072"),
+    ({"temperature": 0}, "sampling_params is a dict, expected SamplingParams"),
+    ([GREEDY, GREEDY], "there are 1 prompts and 2 sampling_params"),
+])
+def test_parameters_that_do_not_fit_the_model_are_refused(demo, params, message):
+    with pytest.raises(ValueError, match=message):
+        demo.generate("hello", params)
+
+
+def test_a_request_id_is_used_once(demo):
+    demo.add_request("same", "hello", GREEDY)
+    with pytest.raises(ValueError, match="request_id 'same' is in use"):
+        demo.add_request("same", "hello", GREEDY)
+    demo.abort_request("same")
+
+
+@pytest.mark.parametrize("options, parts", [
+    (dict(max_model_len=4096), ["max_model_len is 4096, the model was made for 512", "--max-model-len 512"]),
+    (dict(num_gpu_blocks_override=4, max_model_len=100), ["holds 64 tokens", "--kv-cache-memory-bytes", "--max-model-len 64"]),
+    (dict(kv_cache_memory_bytes=100), ["holds 0 tokens", "--kv-cache-memory-bytes 16384"]),
+    (dict(max_num_seqs=0), ["max_num_seqs is 0, expected a positive integer"]),
+    (dict(block_size=2.5), ["block_size is 2.5"]),
+    (dict(device="tpu"), ["device is 'tpu'"]),
+])
+def test_engine_options_that_cannot_work_name_one_that_does(checkpoints, options, parts):
+    refuses(checkpoints("gqa"), *parts, **options)
+
+
+def test_the_cache_is_sized_by_need_and_capped_by_memory(checkpoints):
+    assert len(Engine(checkpoints("gqa"), max_num_seqs=3).allocator.ref_counts) == 3 * 512 // 16
+    capped = Engine(checkpoints("gqa"), kv_cache_memory_bytes=16384 * 10)
+    assert len(capped.allocator.ref_counts) == 10 and capped.max_model_len == 160
+    assert "10 blocks of 16 tokens; context up to 160 tokens" in capped.describe()
+
+
+def test_an_engine_without_a_tokenizer_works_on_ids_alone(checkpoints):
+    engine = Engine(checkpoints("gqa"))
+    assert engine.get_tokenizer() is None and engine.generate([[5, 6]], GREEDY)[0]["text"] == ""
+    for call in (lambda: engine.generate("hello"), lambda: engine.chat([{"role": "user", "content": "hi"}]),
+                 lambda: engine.generate([[5]], SamplingParams(stop="x"))):
+        with pytest.raises(UserError, match="no tokenizer.json"):
+            call()
+    borrowed = Engine(checkpoints("bf16"), tokenizer=tinyvllm.DEMO)
+    assert borrowed.get_tokenizer().decode([300]) != ""
+
+
+# -----------------------------------------------------------------------------
+# Text in and out                                                     (lesson 1)
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return Tokenizer(tinyvllm.DEMO)
+
+
+def sentencepiece_tokenizer():
+    """The other family: a space is part of the word behind it, and the first one is dropped (Llama 2, Mistral)."""
+    from tokenizers import decoders, models, normalizers
+    from tokenizers import Tokenizer as Backend
+    vocabulary = {f"<0x{byte:02X}>": byte for byte in range(256)}
+    vocabulary |= {word: 256 + i for i, word in enumerate(["\u2581", "\u2581the", "\u2581cat", "s", "\u00e9", "<unk>"])}
+    backend = Backend(models.BPE(vocabulary, [], unk_token="<unk>", byte_fallback=True))
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+    backend.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(),
+                                         decoders.Strip(" ", 1, 0)])
+    made = object.__new__(Tokenizer)
+    made.backend = backend
+    return made
+
+
+TEXTS = ["plain words", "Gr\u00fc\u00dfe aus K\u00f6ln", "\u4f60\u597d\uff0c\u4e16\u754c", "\u0e2a\u0e27\u0e31\u0e2a\u0e14\u0e35",
+         "\U0001f600\U0001f469\u200d\U0001f680 ok", "a\u0301\n\ttabs  two", "\ufffd is a character, too"]
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_streamed_pieces_are_whole_characters_and_join_to_the_text(tokenizer, text):
+    stream = Detokenizer(tokenizer, [], skip_special_tokens=True)
+    ids = tokenizer.backend.encode(text, add_special_tokens=False).ids
+    pieces = [stream.push(token) for token in ids] + [stream.flush()]
+    assert "".join(pieces) == text == tokenizer.decode(ids)
+    if "\ufffd" not in text:
+        assert not any("\ufffd" in piece for piece in pieces)
+
+
+@pytest.mark.parametrize("make", [lambda: Tokenizer(tinyvllm.DEMO), sentencepiece_tokenizer], ids=["byte-level", "sentencepiece"])
+def test_pieces_of_any_ids_join_to_the_decode_of_the_whole(make):
+    made, rng = make(), np.random.default_rng(0)
+    size = made.backend.get_vocab_size()
+    for trial in range(300):
+        prompt = rng.integers(0, size, rng.integers(0, 12)).tolist()
+        ids = rng.integers(0, size if trial % 2 else 256, rng.integers(1, 30)).tolist()
+        while prompt and made.decode(prompt).endswith("\ufffd"):
+            prompt.pop()                           # a prompt that ends inside a character: see the next test
+        stream = Detokenizer(made, prompt, skip_special_tokens=True)
+        text = "".join([stream.push(token) for token in ids] + [stream.flush()])
+        assert made.decode(prompt) + text == made.decode(prompt + ids), (prompt, ids)
+
+
+def test_a_prompt_that_ends_inside_a_character_is_completed_not_repeated(tokenizer):
+    ids = tokenizer.backend.encode("a \U0001f600", add_special_tokens=False).ids
+    assert tokenizer.decode(ids[:-1]).endswith("\ufffd")
+    stream = Detokenizer(tokenizer, ids[:-1], skip_special_tokens=True)
+    assert stream.push(ids[-1]) == "\U0001f600"
+
+
+def test_every_prompt_begins_with_exactly_one_bos(demo, tmp_path):
+    bos = demo.tokenizer.bos_token_id
+    for ids in (demo.tokenizer.encode("hello"), demo.tokenizer.encode("<|begin_of_text|>hello"),
+                demo.chat_prompt([{"role": "user", "content": "hello"}])["prompt_token_ids"]):
+        assert ids.count(bos) == 1 and ids[0] == bos
+    # a tokenizer that adds none itself, and says so in its config: as Llama 2's
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(tinyvllm.DEMO / name, tmp_path / name)
+    change_json(tmp_path / "tokenizer.json", post_processor=None)
+    assert Tokenizer(tmp_path).encode("hello").count(bos) == 0
+    change_json(tmp_path / "tokenizer_config.json", add_bos_token=True)
+    assert Tokenizer(tmp_path).encode("hello").count(bos) == 1
+
+
+def test_every_end_of_sequence_id_ends_an_answer(checkpoints, tmp_path):
+    directory = Path(shutil.copytree(checkpoints("gqa"), tmp_path / "eos"))
+    answer, = tokens_of(Engine(directory), [[5]])
+    (directory / "generation_config.json").write_text(json.dumps({"eos_token_id": [answer[3], 250]}))
+    output, = Engine(directory).generate([[5]], SamplingParams(temperature=0))
+    assert output["token_ids"] == answer[:answer.index(answer[3]) + 1]
+    assert (output["finish_reason"], output["stop_reason"]) == ("stop", None)
+    output, = Engine(directory).generate([[5]], SamplingParams(temperature=0, ignore_eos=True))
+    assert output["token_ids"] == answer
+    output, = Engine(directory).generate([[5]], SamplingParams(temperature=0, ignore_eos=True, stop_token_ids=[answer[5]]))
+    assert output["stop_reason"] == answer[5]
+
+
+def test_stop_strings_end_the_text_and_never_show_early(demo):
+    prompt = demo.chat_prompt([{"role": "user", "content": "What is PagedAttention?"}])
+    full, = demo.generate(prompt, SamplingParams(temperature=0, max_tokens=100))
+    text = full["text"]
+    for stop in (text[20:24], text[30:45], text[:3]):
+        at = text.index(stop)
+        pieces = list(demo.stream(prompt, SamplingParams(temperature=0, max_tokens=100, stop=[stop, "never"])))
+        assert pieces[-1]["text"] == text[:at] and pieces[-1]["stop_reason"] == stop
+        assert all(text[:at].startswith(piece["text"]) for piece in pieces)
+        kept, = demo.generate(prompt, SamplingParams(temperature=0, max_tokens=100, stop=stop, include_stop_str_in_output=True))
+        assert kept["text"] == text[:at + len(stop)]
+
+
+def test_special_tokens_show_only_when_asked(demo):
+    prompt = demo.chat_prompt([{"role": "user", "content": "What is a token?"}])
+    plain, shown, silent = demo.generate([prompt] * 3, [
+        SamplingParams(temperature=0, max_tokens=100),
+        SamplingParams(temperature=0, max_tokens=100, skip_special_tokens=False, include_stop_str_in_output=True),
+        SamplingParams(temperature=0, max_tokens=100, detokenize=False)])
+    assert shown["text"] == plain["text"] + "<|eot_id|>" and silent["text"] == ""
+    assert plain["token_ids"] == shown["token_ids"] == silent["token_ids"]
+
+
+HOSTILE_TEMPLATES = {"{{ ''.__class__.__mro__[1].__subclasses__() }}": "refuses", "{{ raise_exception('no system') }}": "no system",
+                     "{% for": "refuses"}
+
+
+@pytest.mark.parametrize("template", HOSTILE_TEMPLATES)
+def test_chat_templates_run_in_a_sandbox(tokenizer, template):
+    made = Tokenizer(tinyvllm.DEMO)
+    made.chat_template = template
+    with pytest.raises(UserError, match=HOSTILE_TEMPLATES[template]):
+        made.render_chat([{"role": "user", "content": "hi"}])
+
+
+def test_chat_templates_have_what_checkpoints_use(tokenizer):
+    made = Tokenizer(tinyvllm.DEMO)
+    made.chat_template = ("{% for m in messages %}{% if loop.index > 2 %}{% break %}{% endif %}{% generation %}"
+                          "{{ m | tojson }}{% endgeneration %}{% endfor %}{{ strftime_now('%Y') }}{{ bos_token }}")
+    rendered = made.render_chat([{"role": "user", "content": "<\u00e9>"}] * 3)
+    assert rendered.count('{"role": "user", "content": "<\u00e9>"}') == 2 and rendered.endswith("<|begin_of_text|>")
+    made.chat_template = None
+    with pytest.raises(UserError, match="no chat template: use --raw"):
+        made.render_chat([{"role": "user", "content": "hi"}])
+
+
+def test_a_final_message_can_be_continued(demo):
+    messages = [{"role": "user", "content": "What is a warp?"}, {"role": "assistant", "content": "A warp is "}]
+    text = demo.tokenizer.render_chat(messages, continue_final_message=True)
+    assert text.endswith("<|end_header_id|>\n\nA warp is")
+    for bad in ([], [{"role": "user"}], ["hi"], [{"role": "user", "content": None}]):
+        with pytest.raises(UserError, match="messages"):
+            demo.tokenizer.render_chat(bad)
+
+
+# -----------------------------------------------------------------------------
+# The API that vLLM's users know
+
+
+def test_the_api_looks_like_vllm(demo):
+    llm = LLM(tinyvllm.DEMO, device="cpu")
+    outputs = llm.generate([{"prompt_token_ids": [0, 5, 6]}, "What is a kernel?"], SamplingParams(temperature=0.0, max_tokens=48))
+    assert [output.prompt for output in outputs] == [None, "What is a kernel?"]
+    assert outputs[0].prompt_token_ids == [0, 5, 6] and outputs[0].outputs[0].index == 0
+    assert outputs[1]["text"] == outputs[1].outputs[0].text and outputs[1].finished
+    metrics = outputs[1].metrics
+    assert metrics.arrival_time < metrics.first_token_time <= metrics.finished_time
+    assert llm.generate([]) == []
+    conversation = [{"role": "user", "content": "What is a kernel?"}]
+    assert [o["text"] for o in llm.chat([conversation] * 2)] == [llm.chat(conversation)[0]["text"]] * 2
+    assert llm.get_default_sampling_params().greedy
+
+
+def test_default_sampling_follows_generation_config():
+    recommended = tinyvllm.recommended_sampling
+    assert recommended({"temperature": 0.6, "top_p": 0.9}) == {"temperature": 0.0, "top_p": 0.9}
+    assert recommended({"do_sample": True, "temperature": 0.6, "top_k": None}) == {"temperature": 0.6}
+
+
+def test_streams_grow_and_join(demo):
+    texts, previous = [], ""
+    for output in demo.stream("PagedAttention", SamplingParams(temperature=0, max_tokens=20)):
+        assert output["text"].startswith(previous)
+        previous = output["text"]
+        texts.append(previous)
+    assert len(texts) == len(output["token_ids"]) and output.finished
+
+
+# -----------------------------------------------------------------------------
+# The demo model
+
+
+def has_keywords(text, keywords):
+    return all(any(word in text.lower() for word in keyword.split("|")) for keyword in keywords)
+
+
+def held_back_questions():
+    return [json.loads(line) for line in (ROOT / "demo" / "held_back.jsonl").read_text().splitlines()]
+
+
+def test_the_demo_model_answers_questions_it_never_saw(demo):
+    entries = held_back_questions()
+    trained = {re.sub(r"\W+", " ", question.lower()).strip()
+               for line in (ROOT / "demo" / "corpus.jsonl").read_text().splitlines() for question in json.loads(line)["questions"]}
+    assert len(entries) >= 60
+    assert not [e for e in entries if re.sub(r"\W+", " ", e["question"].lower()).strip() in trained]
+    outputs = demo.chat([[{"role": "user", "content": entry["question"]}] for entry in entries],
+                        SamplingParams(temperature=0, max_tokens=150))
+    right = sum(has_keywords(output["text"], entry["keywords"]) for output, entry in zip(outputs, entries))
+    print(f"held back: {right} of {len(entries)} right")
+    assert right / len(entries) >= 0.85
+    assert all(output["finish_reason"] == "stop" and output["text"].endswith((".", "?", "!")) for output in outputs)
+
+
+def test_the_demo_checkpoint_is_small():
+    files = [path for path in (ROOT / "demo").iterdir() if path.suffix in (".safetensors", ".json", ".jsonl")]
+    assert sum(path.stat().st_size for path in files) < 12e6
+
+
+# -----------------------------------------------------------------------------
+# The command line
+
+
+def run_cli(*arguments, stdin=None, **options):
+    return subprocess.run([sys.executable, str(ROOT / "tinyvllm.py"), *arguments], input=stdin, capture_output=True,
+                          encoding="utf-8", timeout=120, **options)
+
+
+def test_the_main_command_prints_an_answer_and_one_line_of_statistics():
+    result = run_cli("--prompt", "What is PagedAttention?")
+    assert result.returncode == 0 and "block" in result.stdout and result.stdout.endswith(".\n")
+    assert "tokens/s" in result.stderr.splitlines()[-1] and "Traceback" not in result.stderr
+
+
+def test_statistics_can_be_silenced():
+    assert run_cli("--prompt", "hello", "--no-stats").stderr == ""
+
+
+def test_several_prompts_are_one_batch_in_their_order(tmp_path):
+    (tmp_path / "question.txt").write_text("What is a warp?\n")
+    alone = [run_cli("-p", question).stdout for question in ("What is a token?", "What is a warp?")]
+    together = run_cli("-p", "What is a token?", "-f", str(tmp_path / "question.txt"), "-f", "-", stdin="What is a token?")
+    assert together.stdout == alone[0] + alone[1] + alone[0]
+
+
+def test_flags_reach_the_engine():
+    first, again, other = (run_cli("-p", "Batching", "--raw", "--temp", "1.2", "--top-k", "40", "--top-p", "0.9", "--min-p", "0.01",
+                                   "--seed", seed, "-n", "12").stdout for seed in ("1", "1", "2"))
+    assert first == again != other
+    result = run_cli("-p", "hello", "-n", "3", "--verbose-prompt", "--system-prompt", "Be brief.")
+    assert "Be brief." in result.stderr and "<|begin_of_text|>" in result.stderr and "cut off by length" in result.stderr
+    full = run_cli("-p", "What is a warp?").stdout
+    assert run_cli("-p", "What is a warp?", "--stop", full[10:15]).stdout == full[:10] + "\n"
+    assert "context up to 100 tokens" in run_cli("-p", "hi", "--max-model-len", "100").stderr
+
+
+@pytest.mark.parametrize("arguments, status, message", [
+    ([], 2, "nothing to do"),
+    (["--prompt", "x", "--colour"], 2, "unrecognized arguments: --colour"),
+    (["--chat", "--prompt", "x"], 2, "--chat reads its prompts from the terminal"),
+    (["--raw", "-p", "x", "--system-prompt", "y"], 2, "--raw uses no chat template"),
+    (["-p", "x", "--device", "tpu"], 2, "invalid choice"),
+    (["-p", "x", "--model", "/no/where"], 1, "error: there is no directory /no/where"),
+    (["-p", ""], 0, ""),
+    (["-p", "", "--raw"], 1, "error: the prompt is empty"),
+    (["-p", "x", "--top-p", "2"], 1, "error: top_p is 2.0"),
+    (["-p", "x", "--max-model-len", "9999"], 1, "error: max_model_len is 9999"),
+    (["-p", "x " * 3000], 1, "error: the prompt has"),
+    (["-f", "/no/file"], 1, "error: cannot read --file /no/file"),
+    (["-f", "-"], 1, "error: --file - is empty"),
+])
+def test_bad_command_lines_end_with_one_sentence(arguments, status, message):
+    result = run_cli(*arguments, stdin="")
+    assert result.returncode == status and message in result.stderr and "Traceback" not in result.stderr
+    if status:
+        assert result.stdout == ""
+
+
+def test_input_that_is_not_utf8_is_mended_and_said():
+    result = subprocess.run([sys.executable, str(ROOT / "tinyvllm.py"), "-f", "-"], input=b"What is a \xff warp?", capture_output=True)
+    assert result.returncode == 0 and b"not UTF-8" in result.stderr and result.stdout
+
+
+def test_a_closed_pipe_ends_quietly():
+    process = subprocess.Popen([sys.executable, str(ROOT / "tinyvllm.py"), "-p", "What is PagedAttention?"],
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.close()
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 0 and b"Traceback" not in errors and b"BrokenPipe" not in errors
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals are another matter there")
+def test_ctrl_c_keeps_the_text_and_exits_130():
+    import signal
+    process = subprocess.Popen([sys.executable, "-u", str(ROOT / "tinyvllm.py"), "-p", "hello", "--raw", "--temp", "3", "-n", "1900"],
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    first = process.stdout.read(1)
+    process.send_signal(signal.SIGINT)
+    rest, errors = process.communicate(timeout=60)
+    assert process.returncode == 130 and first and b"Traceback" not in errors
+
+
+def test_chat_remembers_obeys_and_leaves():
+    script = ("What is a warp?\n/show\n/set parameter max_tokens 2\n/set parameter top_p 7\nWhat is a token?\n/clear\n/set system Be brief.\n"
+              '/show\n/?\n/fly\n"""What is\na warp?"""\n/bye\nnever read\n')
+    result = run_cli("--chat", stdin=script)
+    assert result.returncode == 0 and "Traceback" not in result.stderr
+    answers = result.stdout.splitlines()
+    assert len(answers) == 3 and "32 threads" in answers[0] and len(answers[1].split()) <= 2
+    for part in ("2 messages so far", "0 messages so far", "system: 'Be brief.'", "error: top_p is 7.0", "unknown command /fly",
+                 "/bye, /exit or /quit"):
+        assert part in result.stderr, part
+
+
+def test_chat_goes_on_after_a_conversation_that_became_too_long():
+    result = run_cli("--chat", "--max-model-len", "60", stdin="What is a warp?\nWhat is a token?\n/clear\nWhat is a warp?\n")
+    assert result.returncode == 0 and "error: the prompt has" in result.stderr
+    answers = result.stdout.splitlines()
+    assert len(answers) == 2 and answers[0] == answers[1]
+
+
+# -----------------------------------------------------------------------------
+# The source as it is read
+
+
+@pytest.mark.parametrize("name", ["tinyvllm.py", "kernels_numba.py"])
+def test_the_source_needs_no_torch_and_keeps_its_house_style(name):
+    text = (ROOT / name).read_text(encoding="utf-8")
+    assert not re.search(r"^\s*(import|from)\s+(torch|transformers|cupy)\b", text, re.M)
+    assert not [i for i, line in enumerate(text.splitlines(), 1) if len(line) > 100]
+    assert not re.search(r"\b(TODO|FIXME|XXX|HACK)\b", text)
+
+
+# -----------------------------------------------------------------------------
+# The golden file
+
+
+def write_golden(directory):
+    """What transformers makes of the random checkpoints and of the demo model."""
+    import torch
+    import transformers
+    golden = {"transformers": transformers.__version__, "tokens": {}, "last_logits": {}, "demo": []}
+    for shape in SHAPES:
+        made = make_checkpoint(directory / re.sub(r"\W+", "-", shape), **SHAPES[shape])
+        torch, model = hf_model(made)
+        golden["tokens"][shape] = [hf_greedy(torch, model, ids, GREEDY.max_tokens) for ids in shape_prompts(shape)]
+        with torch.no_grad():
+            logits = model(torch.tensor([shape_prompts(shape)[-1]])).logits[0, -1]
+        golden["last_logits"][shape] = [float(x) for x in logits[:8]]
+    torch, model = hf_model(tinyvllm.DEMO)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tinyvllm.DEMO)
+    for messages in GOLDEN_CHATS:
+        rendered = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        ids = tokenizer(rendered, add_special_tokens=False).input_ids
+        inputs = torch.tensor([ids])
+        output = model.generate(inputs, attention_mask=torch.ones_like(inputs), max_new_tokens=100, do_sample=False,
+                                pad_token_id=0)[0, len(ids):].tolist()
+        golden["demo"].append({"messages": messages, "rendered": rendered, "prompt_token_ids": ids, "token_ids": output,
+                               "text": tokenizer.decode(output, skip_special_tokens=True)})
+    GOLDEN.write_text(json.dumps(golden, indent=1) + "\n")
+
+
+GOLDEN_CHATS = [
+    [{"role": "user", "content": "What is PagedAttention?"}],
+    [{"role": "system", "content": "Answer briefly."}, {"role": "user", "content": "  why is decode slow?\n"}],
+    [{"role": "user", "content": "What is a warp?"}, {"role": "assistant", "content": "A group of 32 threads."},
+     {"role": "user", "content": "Gr\u00fc\u00dfe, \u4f60\u597d, \U0001f600! What is RoPE?"}],
+]
+
+if __name__ == "__main__":
+    import tempfile
+    with tempfile.TemporaryDirectory() as scratch:
+        write_golden(Path(scratch))
