@@ -73,7 +73,8 @@ def add_rmsnorm_ref(out, x, delta, weight, eps):
 # -----------------------------------------------------------------------------
 # 3. Matmul                                                     (lessons 8 and 9)
 #
-# Weights are stored as the checkpoint has them, one row per output: (N, K). Every product is x @ W.T.
+# Weights are stored as the checkpoint has them, one row per output: (N, K). Every product is x @
+# W.T.
 
 GEMV_TOKENS = 4      # up to here, one matrix-vector product per token is faster: see matmul_ref
 
@@ -98,9 +99,9 @@ def matmul_ref(out, x, weight):
 def rope_inv_freq(head_dim, theta, scaling):
     """Rotation speed of each pair of channels, (D/2,) float32, in radians per position.
 
-    `scaling` is the checkpoint's own dictionary: rope_type "default", "linear" (every speed divided
-    by `factor`) or "llama3" (only the slow ones, whose wavelength exceeds the original context, with
-    a smooth ramp between). RoPE: arXiv:2104.09864; llama3: the Llama 3.1 release.
+    `scaling` is the checkpoint's own dictionary: rope_type "default", "linear" (every speed is
+    divided by `factor`) or "llama3" (only the slow ones are, whose wavelength exceeds the original
+    context, with a smooth ramp between). RoPE: arXiv:2104.09864; llama3: the Llama 3.1 release.
     """
     exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
     inv_freq = np.float32(1) / np.float32(theta) ** exponents
@@ -138,7 +139,8 @@ def rope_ref(qk, cos, sin, positions):
 def write_kv_ref(k_cache, v_cache, k, v, slots):
     """Scatters this step's keys and values of one layer into their blocks.
 
-    k_cache, v_cache (blocks, P, G, D) written; k, v (T, G, D); slots (T,) int32: block * P + offset.
+    k_cache, v_cache (blocks, P, G, D) written; k, v (T, G, D); slots (T,) int32, each
+    block * P + offset.
     Invariant: runs before attention reads the layer, so a token sees itself and its step-mates.
     """
     G, D = k.shape[1:]
@@ -159,8 +161,8 @@ def paged_attention_ref(out, q, k_cache, v_cache, block_tables, query_starts, se
     k_cache, v_cache      (blocks, P, G, D)
     block_tables          (B, max blocks) int32: where the i-th block of each context lies
     query_starts          (B+1,) int32: request b owns queries query_starts[b] to query_starts[b+1]
-    seq_lens              (B,) int32: its context in tokens, this step's included. Its queries are the
-                          last ones of it, so prefill, a chunk of one, and decode are one operation
+    seq_lens              (B,) int32: its context in tokens, this step's included. Its queries are
+                          the last ones of it, so prefill, a chunk, and decode are one operation
     PagedAttention: arXiv:2309.06180.
     """
     P, G, D = k_cache.shape[1:]
@@ -171,19 +173,19 @@ def paged_attention_ref(out, q, k_cache, v_cache, block_tables, query_starts, se
         v = v_cache[blocks].reshape(-1, G, D).transpose(1, 0, 2)          # (G, padded S, D)
         for tile in range(start, end, QUERY_TILE):
             stop = min(tile + QUERY_TILE, end)
-            visible = S - (end - stop)                             # context of the tile's last query
+            visible = S - (end - stop)                            # context of the tile's last query
             out[tile:stop] = _attend(q[tile:stop], k[..., :visible], v[:, :visible])
 
 
 def _attend(q, k, v):
-    """Causal attention of the last T positions of a context.  q (T, H, D), k (G, D, S), v (G, S, D)."""
+    """Causal attention of a context's last T positions.  q (T, H, D), k (G, D, S), v (G, S, D)."""
     (T, H, D), (G, _, S) = q.shape, k.shape
     R = H // G                                                            # query heads per KV head
     q = q.reshape(T, G, R, D).transpose(1, 2, 0, 3).reshape(G, R * T, D)
     scores = q @ k                                                  # (G, R*T, S)
     scores *= q.dtype.type(1 / np.sqrt(D))
     if T > 1:                                                       # a lone last query sees all
-        future = np.triu(np.ones((T, T), bool), 1)                  # (query, key) in the last T keys
+        future = np.triu(np.ones((T, T), bool), 1)                 # (query, key) in the last T keys
         scores.reshape(G, R, T, S)[..., S - T:][..., future] = -np.inf
     scores -= scores.max(axis=-1, keepdims=True)
     np.exp(scores, out=scores)
@@ -195,18 +197,18 @@ def _attend(q, k, v):
 # -----------------------------------------------------------------------------
 # 6. Sampling                                                        (lesson 16)
 #
-# A row of logits goes through Hugging Face's order: bias, penalties, temperature, top-k, top-p, min-p,
-# and the draw. The draw is Gumbel-max: argmax(logit + noise) picks token i with probability
-# softmax(logits)[i], and the noise is a hash of (seed, position, token). So a draw needs no state and
-# no second pass over the probabilities, and a seed gives the same tokens in any company.
+# A row of logits goes through Hugging Face's order: bias, penalties, temperature, top-k, top-p,
+# min-p, and the draw. The draw is Gumbel-max: argmax(logit + noise) picks token i with probability
+# softmax(logits)[i], and the noise is a hash of (seed, position, token). So a draw needs no state
+# and no second pass over the probabilities, and a seed gives the same tokens in any company.
 
 
 def penalize_ref(logits, counts, prompt_mask, repetition, presence, frequency):
     """Pushes down tokens that occurred already, in place.
 
     logits (V,) f32; counts (V,) int32: occurrences in the output; prompt_mask (V,) bool: occurs in
-    the prompt. Repetition is a factor for prompt and output (arXiv:1909.05858); presence and frequency
-    are subtracted once, and per occurrence, for the output alone, as in OpenAI's API.
+    the prompt. Repetition is a factor for prompt and output (arXiv:1909.05858); presence and
+    frequency are subtracted once, and per occurrence, for the output alone, as in OpenAI's API.
     """
     seen = prompt_mask | (counts > 0)
     logits[seen] = np.where(logits[seen] > 0, logits[seen] / repetition, logits[seen] * repetition)
@@ -263,7 +265,7 @@ def gumbel_ref(seed, position, V):
     words = np.array([seed & 0xFFFFFFFF, seed >> 32, position], np.uint32)
     state = np.zeros(1, np.uint32)
     for word in words:
-        state = hash_u32(state ^ word) + np.uint32(0x9E3779B9)      # else an all-zero key stays zero
+        state = hash_u32(state ^ word) + np.uint32(0x9E3779B9)     # else an all-zero key stays zero
     bits = hash_u32(state ^ hash_u32(np.arange(V, dtype=np.uint32)))
     # subtle: 23 bits, not 24, or the largest rounds up to 1 and its noise becomes infinite
     uniform = ((bits >> np.uint32(9)).astype(np.float32) + np.float32(0.5)) * np.float32(2.0 ** -23)

@@ -1,7 +1,7 @@
 """What tinyvllm promises, one sentence a test. Run with: pytest
 
-Tests that compare with transformers in the same process run where it is installed; everywhere else the
-values it gave, stored in demo/golden.json, stand in. `python test_tinyvllm.py` writes that file anew.
+Tests that compare with transformers in the same process run where it is installed; everywhere else
+the values it gave, stored in demo/golden.json, stand in. `python test_tinyvllm.py` writes that file.
 """
 
 import json
@@ -32,7 +32,8 @@ GREEDY = SamplingParams(temperature=0.0, max_tokens=16, ignore_eos=True)
 
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
           "original_max_position_embeddings": 64}
-BASE = dict(architectures=["LlamaForCausalLM"], model_type="llama", hidden_size=64, intermediate_size=96,
+BASE = dict(architectures=["LlamaForCausalLM"], model_type="llama", hidden_size=64,
+            intermediate_size=96,
             num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, vocab_size=256,
             max_position_embeddings=512, rms_norm_eps=1e-5, rope_theta=10000.0, hidden_act="silu",
             tie_word_embeddings=False, bos_token_id=0, eos_token_id=1)
@@ -43,14 +44,17 @@ SHAPES = {
     "one kv head by default": {"num_attention_heads": 1, "num_key_value_heads": None},
     "tied": {"tie_word_embeddings": True},
     "heads wider than hidden": {"head_dim": 32, "hidden_size": 80},
-    "no round numbers": {"vocab_size": 331, "hidden_size": 51, "intermediate_size": 77, "head_dim": 26,
+    "no round numbers": {"vocab_size": 331, "hidden_size": 51, "intermediate_size": 77,
+                         "head_dim": 26,
                          "num_attention_heads": 3, "num_key_value_heads": 1},
     "llama3 rope, older spelling": {"rope_scaling": LLAMA3, "rope_theta": 500000.0},
-    "llama3 rope, newer spelling": {"rope_theta": None, "rope_parameters": LLAMA3 | {"rope_theta": 500000.0}},
+    "llama3 rope, newer spelling": {"rope_theta": None,
+                                    "rope_parameters": LLAMA3 | {"rope_theta": 500000.0}},
     "linear rope, older spelling": {"rope_scaling": {"type": "linear", "factor": 4.0}},
     "linear rope, newer spelling": {"rope_theta": None, "rope_parameters": {
         "rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0}},
-    "mistral": {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": None},
+    "mistral": {"architectures": ["MistralForCausalLM"], "model_type": "mistral",
+                "sliding_window": None},
     "bf16": {"dtype": "BF16"},
     "f16 in three shards": {"dtype": "F16", "shards": 3},
 }
@@ -58,7 +62,8 @@ PROMPT_LENGTHS = (1, 15, 16, 17, 100)              # around the block size of 16
 
 
 def make_checkpoint(directory, dtype="F32", shards=1, seed=0, **changes):
-    """Writes a random checkpoint whose greedy answers wander: weights of natural size, a lively embedding."""
+    """Writes a random checkpoint whose greedy answers wander: weights of natural size, a lively
+    embedding."""
     config = {name: value for name, value in (BASE | changes).items() if value is not None}
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "config.json").write_text(json.dumps(config))
@@ -68,7 +73,8 @@ def make_checkpoint(directory, dtype="F32", shards=1, seed=0, **changes):
     tensors = {}
     for name, place in table.items():
         scale = 1.0 if "embed" in name else 1.5 / math.sqrt(place.shape[-1])
-        values = rng.standard_normal(place.shape) * (0.1 if place.ndim == 1 else scale) + (place.ndim == 1)
+        values = rng.standard_normal(place.shape) * (0.1 if place.ndim == 1
+                                                     else scale) + (place.ndim == 1)
         tensors[name] = values.astype(numpy_type)
     names = list(tensors)
     if shards == 1:
@@ -78,9 +84,11 @@ def make_checkpoint(directory, dtype="F32", shards=1, seed=0, **changes):
     for i in range(shards):
         file = f"model-{i + 1:05}-of-{shards:05}.safetensors"
         part = names[i::shards]
-        save_file({name: tensors[name] for name in part}, directory / file, metadata={"format": "pt"})
+        save_file({name: tensors[name] for name in part}, directory / file,
+                  metadata={"format": "pt"})
         weight_map |= dict.fromkeys(part, file)
-    (directory / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    (directory / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": weight_map}))
     return directory
 
 
@@ -114,7 +122,8 @@ def poisoned(engine):
 
 
 def tokens_of(engine, prompts, params=GREEDY):
-    outputs = engine.generate([{"prompt_token_ids": ids} for ids in prompts], params, use_tqdm=False)
+    outputs = engine.generate([{"prompt_token_ids": ids} for ids in prompts], params,
+                              use_tqdm=False)
     return [output.outputs[0].token_ids for output in outputs]
 
 
@@ -124,16 +133,19 @@ def all_logits(engine, ids):
     engine.add_request("logits", {"prompt_token_ids": ids}, GREEDY)
     batch = engine.schedule()
     rows, x = np.arange(len(ids), dtype=np.int32), engine.forward(batch)
-    logits = np.concatenate([engine.compute_logits(x, rows[i:i + 16]).copy() for i in range(0, len(ids), 16)])
+    logits = np.concatenate([engine.compute_logits(x, rows[i:i + 16]).copy()
+                             for i in range(0, len(ids), 16)])
     engine.abort_request("logits")
     engine.allocator.forget_hashes()
     return logits
 
 
 def float32_bound(cfg, logits):
-    """Rounding of a float32 forward pass: eps * sqrt(sum length) per matmul, some twelve operations a layer."""
+    """Rounding of a float32 forward pass: eps * sqrt(sum length) per matmul, some twelve operations
+    a layer."""
     length = max(cfg.hidden_size, cfg.intermediate_size)
-    return np.finfo(np.float32).eps * math.sqrt(length) * 12 * cfg.num_hidden_layers * np.abs(logits).max()
+    return np.finfo(np.float32).eps * math.sqrt(length) * 12 * cfg.num_hidden_layers * np.abs(
+        logits).max()
 
 
 # -----------------------------------------------------------------------------
@@ -148,13 +160,15 @@ def hf_model(directory):
 
 def hf_greedy(torch, model, ids, count):
     inputs = torch.tensor([ids])
-    output = model.generate(inputs, attention_mask=torch.ones_like(inputs), max_new_tokens=count, min_new_tokens=count,
+    output = model.generate(inputs, attention_mask=torch.ones_like(inputs), max_new_tokens=count,
+                            min_new_tokens=count,
                             do_sample=False, eos_token_id=None, pad_token_id=0)
     return output[0, len(ids):].tolist()
 
 
 def shape_prompts(shape):
-    return [prompt_ids(length, SHAPES[shape].get("vocab_size", BASE["vocab_size"])) for length in PROMPT_LENGTHS]
+    return [prompt_ids(length, SHAPES[shape].get("vocab_size", BASE["vocab_size"]))
+            for length in PROMPT_LENGTHS]
 
 
 @pytest.fixture(scope="session")
@@ -180,7 +194,8 @@ def test_logits_equal_those_of_transformers_live(shape, checkpoints):
             theirs = model(torch.tensor([ids])).logits[0].numpy()
         ours = all_logits(engine, ids)
         bound = float32_bound(engine.cfg, theirs)
-        assert np.abs(ours - theirs).max() <= bound, (shape, len(ids), np.abs(ours - theirs).max() / bound)
+        assert np.abs(ours - theirs).max() <= bound, (shape, len(ids),
+                                                      np.abs(ours - theirs).max() / bound)
         assert tokens_of(engine, [ids]) == [hf_greedy(torch, model, ids, GREEDY.max_tokens)]
 
 
@@ -218,10 +233,12 @@ def unscaled_attention(out, q, *rest):
 
 
 def late_by_one_attention(out, q, k, v, block_tables, query_starts, seq_lens):
-    kernels.paged_attention_ref(out, q, k, v, block_tables, query_starts, np.maximum(seq_lens - 1, np.diff(query_starts)))
+    kernels.paged_attention_ref(out, q, k, v, block_tables, query_starts,
+                                np.maximum(seq_lens - 1, np.diff(query_starts)))
 
 
-@pytest.mark.parametrize("name, mutation", [("rope", adjacent_pairs_rope), ("paged_attention", unscaled_attention),
+@pytest.mark.parametrize("name, mutation",
+                         [("rope", adjacent_pairs_rope), ("paged_attention", unscaled_attention),
                                             ("paged_attention", late_by_one_attention)])
 def test_the_parity_test_catches(name, mutation, checkpoints, golden):
     engine = Engine(checkpoints("gqa"))
@@ -250,7 +267,8 @@ def test_tokens_are_the_same_batched_chunked_cached_and_preempted(shape, checkpo
     assert [output.num_cached_tokens for output in outputs] == [0, 0, 0, 16, 96]
 
     scarce = poisoned(Engine(checkpoints(shape), num_gpu_blocks_override=12, max_model_len=120))
-    assert tokens_of(scarce, prompts[:3] + prompts[4:] + prompts[:3]) == expected[:3] + expected[4:] + expected[:3]
+    assert tokens_of(scarce, prompts[:3] + prompts[4:]
+                     + prompts[:3]) == expected[:3] + expected[4:] + expected[:3]
 
     static = poisoned(Engine(checkpoints(shape), static_batching=True, max_num_seqs=2))
     assert tokens_of(static, prompts) == expected
@@ -267,10 +285,12 @@ def test_preempted_requests_get_their_tokens(checkpoints):
 
 def test_seeded_samples_are_the_same_alone_and_in_a_batch(checkpoints):
     def sampled(seed):
-        return SamplingParams(temperature=0.9, top_p=0.95, seed=seed, max_tokens=20, ignore_eos=True)
+        return SamplingParams(temperature=0.9, top_p=0.95, seed=seed, max_tokens=20,
+                              ignore_eos=True)
     prompts = [prompt_ids(20, seed=i) for i in range(5)]
     engine = Engine(checkpoints("gqa"))
-    together = engine.generate([{"prompt_token_ids": ids} for ids in prompts], [sampled(i) for i in range(5)])
+    together = engine.generate([{"prompt_token_ids": ids} for ids in prompts],
+                               [sampled(i) for i in range(5)])
     alone = [tokens_of(engine, [ids], sampled(i))[0] for i, ids in enumerate(prompts)]
     assert [output.outputs[0].token_ids for output in together] == alone
     assert tokens_of(engine, prompts[:1], sampled(99))[0] != alone[0]
@@ -278,7 +298,8 @@ def test_seeded_samples_are_the_same_alone_and_in_a_batch(checkpoints):
 
 def test_a_request_without_a_seed_repeats_with_the_engines_seed(checkpoints):
     params = SamplingParams(temperature=1, max_tokens=20, ignore_eos=True)
-    first, again, other = (tokens_of(Engine(checkpoints("gqa"), seed=s), [prompt_ids(5)], params) for s in (7, 7, 8))
+    first, again, other = (tokens_of(Engine(checkpoints("gqa"), seed=s), [prompt_ids(5)], params)
+                           for s in (7, 7, 8))
     assert first == again != other
 
 
@@ -288,9 +309,10 @@ def test_n_samples_share_the_prompt_and_differ(checkpoints):
     output, = engine.generate([{"prompt_token_ids": prompt_ids(50)}], params)
     assert [sample.index for sample in output.outputs] == [0, 1, 2, 3]
     assert len({tuple(sample.token_ids) for sample in output.outputs}) == 4
-    assert engine.num_tokens["prefill"] == 50 + 3 * 2          # three full blocks of 16 are computed once
+    assert engine.num_tokens["prefill"] == 50 + 3 * 2    # three full blocks of 16 are computed once
     single = SamplingParams(temperature=1, seed=5, max_tokens=12, ignore_eos=True)
-    assert tokens_of(engine, [prompt_ids(50)], single)[0] == output.outputs[2].token_ids   # sample i has seed + i
+    # sample i has seed + i
+    assert tokens_of(engine, [prompt_ids(50)], single)[0] == output.outputs[2].token_ids
 
 
 # -----------------------------------------------------------------------------
@@ -314,22 +336,26 @@ def test_silu_survives_extreme_inputs():
 @pytest.mark.parametrize("T", [1, 2, 4, 5, 33])
 def test_matmul_of_few_and_many_tokens_agree_with_float64(T):
     rng = np.random.default_rng(T)
-    x, w = rng.standard_normal((T, 77)).astype(np.float32), rng.standard_normal((131, 77)).astype(np.float32)
+    x, w = rng.standard_normal((T, 77)).astype(np.float32), rng.standard_normal((131, 77)).astype(
+        np.float32)
     out = np.full((T, 131), np.nan, np.float32)
     kernels.matmul_ref(out, x, w)
-    assert np.abs(out - x.astype(np.float64) @ w.T.astype(np.float64)).max() < 77 * np.finfo(np.float32).eps * 10
+    assert np.abs(out - x.astype(np.float64) @ w.T.astype(np.float64)).max() < 77 * np.finfo(
+        np.float32).eps * 10
 
 
 @pytest.mark.parametrize("H, G", [(4, 4), (4, 2), (6, 1)])
 def test_paged_attention_equals_the_textbook_formula(H, G):
-    """Three requests in scattered blocks with NaN all around: a long chunk, a decode step, a whole prompt."""
+    """Three requests in scattered blocks with NaN all around: a long chunk, a decode step, a whole
+    prompt."""
     rng, D, P = np.random.default_rng(H), 8, 4
     seq_lens, counts = np.array([600, 9, 5], np.int32), [300, 1, 5]
     starts = np.cumsum([0] + counts, dtype=np.int32)
     blocks = rng.permutation(200).astype(np.int32)
     tables, k_cache = np.zeros((3, 150), np.int32), np.full((200, P, G, D), np.nan, np.float32)
     v_cache, used = k_cache.copy(), 0
-    q, out = rng.standard_normal((306, H, D)).astype(np.float32) * 3, np.full((306, H, D), np.nan, np.float32)
+    q, out = rng.standard_normal((306, H, D)).astype(np.float32) * 3, np.full((306, H, D), np.nan,
+                                                                              np.float32)
     expected = np.empty((306, H, D))
     for b, S in enumerate(seq_lens):
         n = -(-S // P)
@@ -342,7 +368,8 @@ def test_paged_attention_equals_the_textbook_formula(H, G):
                 visible, g = S - counts[b] + t + 1, h // (H // G)
                 scores = k[:visible, g].astype(np.float64) @ q[starts[b] + t, h] / math.sqrt(D)
                 expected[starts[b] + t, h] = kernels.softmax_ref(scores) @ v[:visible, g]
-    # slots behind a context's end in its last block stay NaN: they are masked, not multiplied by zero
+    # slots behind a context's end in its last block stay NaN: they are masked, not multiplied by
+    # zero
     kernels.paged_attention_ref(out, q, k_cache, v_cache, tables, starts, seq_lens)
     assert np.abs(out - expected).max() < 1e-5
 
@@ -353,7 +380,8 @@ def test_paged_attention_equals_the_textbook_formula(H, G):
 
 def draws(logits, count=20000, **options):
     settings = dict(temperature=1.0, top_k=0, top_p=1.0, min_p=0.0) | options
-    return Counter(kernels.sample_ref(logits.copy(), seed=5, position=i, **settings) for i in range(count))
+    return Counter(kernels.sample_ref(logits.copy(), seed=5, position=i, **settings)
+                   for i in range(count))
 
 
 def test_draws_follow_the_softmax():
@@ -362,13 +390,15 @@ def test_draws_follow_the_softmax():
         expected = kernels.softmax_ref(logits / temperature) * 20000
         seen = draws(logits, temperature=temperature)
         chi_square = sum((seen[i] - e) ** 2 / e for i, e in enumerate(expected) if e > 5)
-        assert chi_square < 20.5, (temperature, seen)          # 4 degrees of freedom: 0.04 % of fair samplers fail
+        # 4 degrees of freedom: 0.04 % of fair samplers fail
+        assert chi_square < 20.5, (temperature, seen)
         assert seen[5] == 0
 
 
 def test_draws_are_independent_across_seeds_positions_and_tokens():
     logits = np.zeros(2, np.float32)
-    bits = np.array([[kernels.sample_ref(logits.copy(), 1, 0, 1, 0, seed, position) for position in range(200)]
+    bits = np.array([[kernels.sample_ref(logits.copy(), 1, 0, 1, 0, seed, position)
+                      for position in range(200)]
                      for seed in range(200)])
     sigma = 0.5 / math.sqrt(200)
     assert abs(bits.mean() - 0.5) < 4 * sigma / math.sqrt(200)
@@ -390,13 +420,17 @@ def test_processing_equals_transformers_live():
     for trial in range(50):
         logits = rng.standard_normal(300).astype(np.float32) * 3
         seen = rng.integers(0, 300, 40)
-        k, p, m, penalty = int(rng.integers(1, 300)), rng.uniform(0.1, 1), rng.uniform(0, 0.3), rng.uniform(0.5, 2)
+        k, p, m, penalty = int(rng.integers(1, 300)), rng.uniform(0.1, 1), rng.uniform(
+            0, 0.3), rng.uniform(0.5, 2)
         theirs, ids = torch.tensor(logits)[None], torch.tensor(seen)[None]
-        for processor in (transformers.RepetitionPenaltyLogitsProcessor(penalty), transformers.TemperatureLogitsWarper(0.7),
-                          transformers.TopKLogitsWarper(k), transformers.TopPLogitsWarper(p), transformers.MinPLogitsWarper(m)):
+        for processor in (transformers.RepetitionPenaltyLogitsProcessor(penalty),
+                          transformers.TemperatureLogitsWarper(0.7),
+                          transformers.TopKLogitsWarper(k), transformers.TopPLogitsWarper(p),
+                          transformers.MinPLogitsWarper(m)):
             theirs = processor(ids, theirs)
         in_prompt = np.isin(np.arange(300), seen[:20])
-        kernels.penalize_ref(logits, np.bincount(seen[20:], minlength=300), in_prompt, penalty, 0, 0)
+        kernels.penalize_ref(logits, np.bincount(seen[20:], minlength=300), in_prompt, penalty, 0,
+                             0)
         logits /= np.float32(0.7)
         kernels.top_k_ref(logits, k)
         kernels.top_p_ref(logits, p)
@@ -407,12 +441,14 @@ def test_processing_equals_transformers_live():
 
 def test_penalties_count_the_output_and_repetition_the_prompt_too():
     logits = np.array([4.0, -4.0, 4.0, 4.0], np.float32)
-    kernels.penalize_ref(logits, np.array([0, 0, 1, 3]), np.array([True, True, False, False]), 2.0, 0.5, 0.25)
+    kernels.penalize_ref(logits, np.array([0, 0, 1, 3]), np.array([True, True, False, False]), 2.0,
+                         0.5, 0.25)
     assert logits.tolist() == [2.0, -8.0, 2.0 - 0.5 - 0.25, 2.0 - 0.5 - 0.75]
 
 
 def test_a_strong_penalty_forbids_repetition(checkpoints):
-    params = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True, frequency_penalty=2, presence_penalty=2,
+    params = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True, frequency_penalty=2,
+                            presence_penalty=2,
                             repetition_penalty=10)
     tokens, = tokens_of(Engine(checkpoints("gqa")), [prompt_ids(10)], params)
     assert len(set(tokens)) == 40 and not set(tokens) & set(prompt_ids(10))
@@ -420,31 +456,38 @@ def test_a_strong_penalty_forbids_repetition(checkpoints):
 
 def test_logit_bias_forces_and_bans_tokens(checkpoints):
     engine = Engine(checkpoints("gqa"))
-    assert tokens_of(engine, [[5]], SamplingParams(temperature=0, max_tokens=4, logit_bias={77: 100}))[0] == [77] * 4
+    assert tokens_of(engine, [[5]], SamplingParams(temperature=0, max_tokens=4,
+                                                   logit_bias={77: 100}))[0] == [77] * 4
     plain = tokens_of(engine, [[5]])[0][0]
-    assert tokens_of(engine, [[5]], SamplingParams(temperature=0, max_tokens=1, logit_bias={plain: -100}))[0] != [plain]
+    assert tokens_of(engine, [[5]], SamplingParams(temperature=0, max_tokens=1,
+                                                   logit_bias={plain: -100}))[0] != [plain]
 
 
 def test_logprobs_are_those_of_the_raw_logits(checkpoints):
     engine, ids = Engine(checkpoints("gqa")), prompt_ids(20)
     reference = kernels.log_softmax_ref(all_logits(engine, ids).astype(np.float64))
-    params = SamplingParams(temperature=5, seed=1, max_tokens=1, logprobs=3, prompt_logprobs=2, logit_bias={9: 100})
+    params = SamplingParams(temperature=5, seed=1, max_tokens=1, logprobs=3, prompt_logprobs=2,
+                            logit_bias={9: 100})
     output, = engine.generate([{"prompt_token_ids": ids}], params)
     entry = output.outputs[0].logprobs[0]
     best = np.argsort(-reference[-1])
-    assert list(entry)[0] == 9 and entry[9].rank == 1 + int((reference[-1] > reference[-1][9]).sum())
-    assert [token for token, lp in sorted(entry.items(), key=lambda item: item[1].rank)][:3] == best[:3].tolist()
+    assert list(entry)[0] == 9 and entry[9].rank == 1 + int((reference[-1] > reference[-1][9]).sum(
+        ))
+    assert [token for token,
+            lp in sorted(entry.items(), key=lambda item: item[1].rank)][:3] == best[:3].tolist()
     assert all(abs(lp.logprob - reference[-1][token]) < 1e-4 for token, lp in entry.items())
     assert abs(output.outputs[0].cumulative_logprob - reference[-1][9]) < 1e-4
     assert output.prompt_logprobs[0] is None and len(output.prompt_logprobs) == len(ids)
     for position, entry in enumerate(output.prompt_logprobs[1:]):
         assert abs(entry[ids[position + 1]].logprob - reference[position][ids[position + 1]]) < 1e-4
     everything = SamplingParams(temperature=0, max_tokens=1, logprobs=-1)
-    assert len(engine.generate([{"prompt_token_ids": ids}], everything)[0].outputs[0].logprobs[0]) == 256
+    assert len(engine.generate([{"prompt_token_ids": ids}],
+                               everything)[0].outputs[0].logprobs[0]) == 256
 
 
 def test_prompt_logprobs_survive_chunks_samples_and_the_prefix_cache(checkpoints):
-    ids, params = prompt_ids(40), SamplingParams(temperature=1, n=2, seed=1, max_tokens=2, prompt_logprobs=0)
+    ids, params = prompt_ids(40), SamplingParams(temperature=1, n=2, seed=1, max_tokens=2,
+                                                 prompt_logprobs=0)
     whole, = Engine(checkpoints("gqa")).generate([{"prompt_token_ids": ids}], params)
     engine = Engine(checkpoints("gqa"), max_num_batched_tokens=7, max_num_seqs=3)
     tokens_of(engine, [ids])
@@ -458,7 +501,8 @@ def test_min_tokens_holds_back_every_way_to_stop(demo):
     prompt = demo.chat_prompt([{"role": "user", "content": "What is a token?"}])
     free, = demo.generate(prompt, SamplingParams(temperature=0, max_tokens=200))
     longer = len(free["token_ids"]) + 5
-    held, = demo.generate(prompt, SamplingParams(temperature=0, max_tokens=longer, min_tokens=longer, stop=free["text"][:8]))
+    held, = demo.generate(prompt, SamplingParams(temperature=0, max_tokens=longer,
+                                                 min_tokens=longer, stop=free["text"][:8]))
     assert len(held["token_ids"]) == longer and held["text"].startswith(free["text"])
 
 
@@ -508,8 +552,10 @@ def test_greedy_ignores_the_other_filters():
 
 
 def test_blocks_are_never_lost_shared_wrongly_or_freed_twice():
-    """Random use against a plain model: which blocks each owner holds, and which names are alive."""
-    rng, allocator, owners, free_order = np.random.default_rng(0), BlockAllocator(10), {}, list(range(10))
+    """Random use against a plain model: which blocks each owner holds, and which names are
+    alive."""
+    rng, allocator, owners, free_order = np.random.default_rng(0), BlockAllocator(10), {}, list(
+        range(10))
     for step in range(5000):
         action = rng.choice([0, 1, 2, 2])
         if action == 0 and free_order:
@@ -519,7 +565,8 @@ def test_blocks_are_never_lost_shared_wrongly_or_freed_twice():
             if rng.random() < 0.5:
                 allocator.register(block, bytes([rng.integers(200)]))
         elif action == 1 and allocator.block_of:
-            block = allocator.block_of[list(allocator.block_of)[rng.integers(len(allocator.block_of))]]
+            block = allocator.block_of[
+                list(allocator.block_of)[rng.integers(len(allocator.block_of))]]
             owners[step] = allocator.share(block)
             free_order = [b for b in free_order if b != block]
         elif action == 2 and owners:
@@ -539,7 +586,8 @@ def test_blocks_are_never_lost_shared_wrongly_or_freed_twice():
 
 
 def check_cache(engine, content):
-    """What must hold between any two steps. `content`: slot -> the context whose last token's KV lies there."""
+    """What must hold between any two steps. `content`: slot -> the context whose last token's KV
+    lies there."""
     allocator, P = engine.allocator, engine.block_size
     held = Counter(block for seq in engine.running for block in seq.block_table)
     assert allocator.ref_counts == [held[block] for block in range(len(allocator.ref_counts))]
@@ -562,21 +610,27 @@ def write_content(engine, content):
     batch, P = engine.batch, engine.block_size
     for seq, count, end in zip(batch.sequences, batch.counts, batch.seq_lens):
         for position in range(end - count, end):
-            content[seq.block_table[position // P] * P + position % P] = tuple(seq.token_ids[:position + 1])
+            content[seq.block_table[position // P] * P
+                    + position % P] = tuple(seq.token_ids[:position + 1])
 
 
 @pytest.mark.parametrize("options", [
-    {}, {"enable_prefix_caching": False}, {"static_batching": True}, {"max_num_seqs": 2}, {"num_gpu_blocks_override": 40},
+    {}, {"enable_prefix_caching": False}, {"static_batching": True}, {"max_num_seqs": 2},
+    {"num_gpu_blocks_override": 40},
     {"max_num_batched_tokens": 64}], ids=str)
 def test_the_scheduler_serves_every_request_under_any_load(options, tmp_path, monkeypatch):
-    settings = dict(block_size=4, num_gpu_blocks_override=11, max_model_len=44, max_num_seqs=5, max_num_batched_tokens=9)
-    make_checkpoint(tmp_path, hidden_size=16, intermediate_size=24, num_hidden_layers=1, vocab_size=97)
+    settings = dict(block_size=4, num_gpu_blocks_override=11, max_model_len=44, max_num_seqs=5,
+                    max_num_batched_tokens=9)
+    make_checkpoint(tmp_path, hidden_size=16, intermediate_size=24, num_hidden_layers=1,
+                    vocab_size=97)
     engine = poisoned(Engine(tmp_path, **settings | options))
     alone = Engine(tmp_path, block_size=4, max_model_len=44, enable_prefix_caching=False)
     rng, content, running, finished, steps, submitted = np.random.default_rng(1), {}, {}, {}, 0, 0
-    # the model of the cache is written when the step runs, before finished sequences give their blocks back
+    # the model of the cache is written when the step runs, before finished sequences give their
+    # blocks back
     forward = engine.forward
-    monkeypatch.setattr(engine, "forward", lambda batch: (write_content(engine, content), forward(batch))[1])
+    monkeypatch.setattr(engine, "forward",
+                        lambda batch: (write_content(engine, content), forward(batch))[1])
     families = [rng.integers(2, 97, 44).tolist() for _ in range(3)]
 
     while submitted < 250 or engine.has_unfinished_requests():
@@ -584,7 +638,9 @@ def test_the_scheduler_serves_every_request_under_any_load(options, tmp_path, mo
             length = int(rng.choice([1, 3, 4, 5, 7, 8, 9, 12, 16, 17, 31, 40, 43]))
             shared = int(rng.integers(0, length + 1))
             ids = families[rng.integers(3)][:shared] + rng.integers(2, 97, length - shared).tolist()
-            params = SamplingParams(temperature=0, max_tokens=int(rng.choice([1, 2, 4, 5, 13, 40])), ignore_eos=True)
+            params = SamplingParams(temperature=0,
+                                    max_tokens=int(rng.choice([1, 2, 4, 5, 13, 40])),
+                                    ignore_eos=True)
             engine.add_request(str(submitted), {"prompt_token_ids": ids}, params)
             running[str(submitted)] = (ids, params)
             submitted += 1
@@ -599,7 +655,9 @@ def test_the_scheduler_serves_every_request_under_any_load(options, tmp_path, mo
         outputs = engine.step()
         steps += 1
         assert sum(engine.num_tokens.values()) > progress, "a step without progress"
-        assert len(engine.batch.tokens) <= (engine.max_num_batched_tokens if engine.batch.kind == "prefill" else engine.max_num_seqs)
+        assert len(engine.batch.tokens) <= (engine.max_num_batched_tokens
+                                            if engine.batch.kind == "prefill"
+                                            else engine.max_num_seqs)
         check_cache(engine, content)
         for output in outputs:
             if output.finished:
@@ -613,21 +671,25 @@ def test_the_scheduler_serves_every_request_under_any_load(options, tmp_path, mo
 
 
 def timeline(engine, arrivals):
-    """Steps as (kind, {request: tokens computed}); `arrivals` maps a step to requests (id, prompt length, new tokens)."""
+    """Steps as (kind, {request: tokens computed}); `arrivals` maps a step to requests (id, prompt
+    length, new tokens)."""
     steps = []
     while engine.has_unfinished_requests() or any(at >= len(steps) for at in arrivals):
         for request_id, length, new in arrivals.get(len(steps), []):
             ids = prompt_ids(length, 97, seed=ord(request_id))
-            engine.add_request(request_id, {"prompt_token_ids": ids}, SamplingParams(temperature=0, max_tokens=new, ignore_eos=True))
+            engine.add_request(request_id, {"prompt_token_ids": ids},
+                               SamplingParams(temperature=0, max_tokens=new, ignore_eos=True))
         engine.step()
         batch = engine.batch
-        steps.append((batch.kind, {seq.request.request_id: count for seq, count in zip(batch.sequences, batch.counts)}))
+        steps.append((batch.kind, {seq.request.request_id: count for seq,
+                                   count in zip(batch.sequences, batch.counts)}))
     return steps
 
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory):
-    return make_checkpoint(tmp_path_factory.mktemp("tiny"), hidden_size=16, intermediate_size=24, num_hidden_layers=1,
+    return make_checkpoint(tmp_path_factory.mktemp("tiny"), hidden_size=16, intermediate_size=24,
+                           num_hidden_layers=1,
                            vocab_size=97)
 
 
@@ -668,7 +730,7 @@ def test_a_long_prompt_delays_the_others_by_one_chunk_at_most(tiny):
     engine = Engine(tiny, block_size=4, max_num_batched_tokens=8)
     assert timeline(engine, {0: [("a", 4, 5)], 1: [("b", 20, 2)]}) == [
         ("prefill", {"a": 4}),
-        ("decode", {"a": 1}),                      # prefill and decode alternate while both have work
+        ("decode", {"a": 1}),                    # prefill and decode alternate while both have work
         ("prefill", {"b": 8}),
         ("decode", {"a": 1}),
         ("prefill", {"b": 8}),
@@ -679,7 +741,8 @@ def test_a_long_prompt_delays_the_others_by_one_chunk_at_most(tiny):
 
 
 def test_the_youngest_gives_way_when_blocks_run_out_and_computes_again(tiny):
-    engine = Engine(tiny, block_size=4, num_gpu_blocks_override=4, max_model_len=16, enable_prefix_caching=False)
+    engine = Engine(tiny, block_size=4, num_gpu_blocks_override=4, max_model_len=16,
+                    enable_prefix_caching=False)
     assert timeline(engine, {0: [("a", 4, 6)], 1: [("b", 4, 3)]}) == [
         ("prefill", {"a": 4}),
         ("decode", {"a": 1}),
@@ -689,13 +752,14 @@ def test_the_youngest_gives_way_when_blocks_run_out_and_computes_again(tiny):
         ("decode", {"a": 1}),
         ("decode", {"a": 1}),
     ]
-    engine = Engine(tiny, block_size=4, num_gpu_blocks_override=4, max_model_len=16, enable_prefix_caching=False)
+    engine = Engine(tiny, block_size=4, num_gpu_blocks_override=4, max_model_len=16,
+                    enable_prefix_caching=False)
     assert timeline(engine, {0: [("a", 7, 6)], 1: [("b", 3, 6)]}) == [
         ("prefill", {"a": 7}),
         ("decode", {"a": 1}),
-        ("prefill", {"b": 3}),                     # a holds two blocks, and with the next step three; b the fourth
+        ("prefill", {"b": 3}),      # a holds two blocks, and with the next step three; b the fourth
         ("decode", {"a": 1, "b": 1}),
-        ("decode", {"a": 1}),                      # b needs another block, there is none, and b is the youngest
+        ("decode", {"a": 1}),          # b needs another block, there is none, and b is the youngest
         ("decode", {"a": 1}),
         ("decode", {"a": 1}),                      # a ends
         ("prefill", {"b": 5}),                     # prompt and output so far, in one prefill
@@ -713,7 +777,8 @@ def test_a_common_prefix_is_computed_once_even_in_the_same_step(tiny):
         engine.add_request(request_id, {"prompt_token_ids": shared + tail}, GREEDY)
     engine.step()
     assert engine.batch.counts == [10, 2, 1]       # two full blocks of four come from a
-    assert [seq.block_table[:2] for seq in engine.running] == [engine.running[0].block_table[:2]] * 3
+    assert [seq.block_table[:2]
+            for seq in engine.running] == [engine.running[0].block_table[:2]] * 3
 
 
 def test_the_least_recently_used_prefix_is_evicted(tiny):
@@ -724,17 +789,19 @@ def test_the_least_recently_used_prefix_is_evicted(tiny):
     def cached(ids):
         return engine.generate({"prompt_token_ids": ids}, once)[0].num_cached_tokens
     assert [cached(old), cached(recent), cached(old), cached(big)] == [0, 0, 8, 0]
-    assert [cached(old), cached(recent)] == [8, 4]              # recent's end was the least recently used
+    assert [cached(old), cached(recent)] == [8, 4]        # recent's end was the least recently used
 
 
 def test_an_answer_that_reaches_the_context_ends_by_length(tiny):
     engine = Engine(tiny, block_size=4, max_model_len=20)
-    output, = engine.generate({"prompt_token_ids": prompt_ids(15, 97)}, SamplingParams(temperature=0, max_tokens=None, ignore_eos=True))
+    output, = engine.generate({"prompt_token_ids": prompt_ids(15, 97)},
+                              SamplingParams(temperature=0, max_tokens=None, ignore_eos=True))
     assert len(output["token_ids"]) == 5 and output["finish_reason"] == "length"
 
 
 def test_aborting_gives_blocks_back_and_leaves_the_others_alone(checkpoints):
-    engine, prompts = poisoned(Engine(checkpoints("gqa"))), [prompt_ids(20, seed=i) for i in range(3)]
+    engine, prompts = poisoned(Engine(checkpoints("gqa"))), [prompt_ids(20, seed=i)
+                                                             for i in range(3)]
     for i, ids in enumerate(prompts):
         engine.add_request(str(i), {"prompt_token_ids": ids}, GREEDY)
     engine.step()
@@ -760,7 +827,9 @@ def test_a_failing_step_loses_its_own_requests_only(checkpoints, monkeypatch):
         engine.add_request(str(i), {"prompt_token_ids": prompt_ids(20, seed=i)}, GREEDY)
     broken = lambda *arguments: 1 / 0              # noqa: E731
     with monkeypatch.context() as patch:
-        patch.setattr(engine, "ops", tinyvllm.kernels.SimpleNamespace(**vars(kernels.TWINS) | {"silu_mul": broken}))
+        patch.setattr(engine, "ops",
+                      tinyvllm.kernels.SimpleNamespace(
+                          **vars(kernels.TWINS) | {"silu_mul": broken}))
         with pytest.raises(ZeroDivisionError):
             engine.step()
     assert list(engine.requests) == ["1"] and not engine.allocator.block_of
@@ -796,7 +865,8 @@ def broken(checkpoints, tmp_path):
 
 
 def change_json(path, **changes):
-    path.write_text(json.dumps({k: v for k, v in (json.loads(path.read_text()) | changes).items() if v is not None}))
+    path.write_text(json.dumps({k: v for k, v in (json.loads(path.read_text()) | changes).items()
+                                if v is not None}))
 
 
 def change_tensors(directory, change):
@@ -814,7 +884,8 @@ def test_every_tensor_that_does_not_fit_is_named_at_once(broken):
         tensors["model.layers.0.mlp.down_proj.weight"] = np.zeros((64, 96), np.int32)
     change_tensors(broken, damage)
     refuses(broken, "missing model.layers.1.mlp.up_proj.weight", "missing model.norm.weight",
-            "unexpected model.layers.0.self_attn.q_proj.bias", "lm_head.weight has shape (255, 64), expected (256, 64)",
+            "unexpected model.layers.0.self_attn.q_proj.bias",
+            "lm_head.weight has shape (255, 64), expected (256, 64)",
             "model.layers.0.mlp.down_proj.weight has type I32, expected BF16, F16 or F32")
 
 
@@ -830,7 +901,8 @@ def test_truncated_pointer_and_html_files_are_recognised(broken):
     file = broken / "model.safetensors"
     whole = file.read_bytes()
     file.write_bytes(whole[:-1000])
-    refuses(broken, "model.safetensors", f"promises {len(whole)} bytes, the file has {len(whole) - 1000}")
+    refuses(broken, "model.safetensors", f"promises {len(whole)} bytes, the file has "
+            f"{len(whole) - 1000}")
     file.write_bytes(whole[:100])
     refuses(broken, "truncated: its header is", "the file has 100")
     file.write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
@@ -859,14 +931,17 @@ def test_an_index_must_name_files_that_are_there(checkpoints, tmp_path):
 
 
 @pytest.mark.parametrize("changes, parts", [
-    (dict(architectures=["GPT2LMHeadModel"]), ["GPT2LMHeadModel is not supported", "LlamaForCausalLM, MistralForCausalLM"]),
+    (dict(architectures=["GPT2LMHeadModel"]),
+     ["GPT2LMHeadModel is not supported", "LlamaForCausalLM, MistralForCausalLM"]),
     (dict(architectures=None, model_type="bert"), ["model_type 'bert' is not supported"]),
     (dict(sliding_window=128), ["sliding_window is 128"]),
     (dict(attention_bias=True), ["attention_bias is True"]),
     (dict(hidden_act="gelu"), ["hidden_act is 'gelu', supported is only 'silu'"]),
     (dict(quantization_config={"bits": 4}), ["quantization_config"]),
-    (dict(rope_scaling={"rope_type": "yarn", "factor": 2}), ["rope_type 'yarn' is not supported", "default, linear, llama3"]),
-    (dict(rope_scaling={"rope_type": "linear"}), ["rope_type 'linear' has factor None, expected a positive number"]),
+    (dict(rope_scaling={"rope_type": "yarn", "factor": 2}),
+     ["rope_type 'yarn' is not supported", "default, linear, llama3"]),
+    (dict(rope_scaling={"rope_type": "linear"}), ["rope_type 'linear' has factor None, expected a "
+                                                  "positive number"]),
     (dict(num_key_value_heads=3), ["4 attention heads cannot be shared by 3"]),
     (dict(hidden_size=None), ["hidden_size is None, expected a positive int"]),
     (dict(vocab_size="many"), ["vocab_size is 'many'"]),
@@ -898,9 +973,11 @@ def test_a_broken_tokenizer_is_named(broken):
 
 
 def test_models_are_found_as_the_hub_finds_them(checkpoints, tmp_path, monkeypatch, golden):
-    """A hub id is looked up in the cache that HF_HUB_CACHE names; with HF_HUB_OFFLINE nothing else is tried."""
-    script = ("import sys, tinyvllm; e = tinyvllm.Engine(sys.argv[1]);"
-              "print(e.generate({'prompt_token_ids': [5]}, tinyvllm.SamplingParams(temperature=0, max_tokens=3))[0]['token_ids'])")
+    """A hub id is looked up in the cache that HF_HUB_CACHE names; with HF_HUB_OFFLINE nothing else
+    is tried."""
+    script = ("import sys, tinyvllm; e = "
+              "tinyvllm.Engine(sys.argv[1]);print(e.generate({'prompt_token_ids': [5]}, "
+              "tinyvllm.SamplingParams(temperature=0, max_tokens=3))[0]['token_ids'])")
     repo = tmp_path / "models--some--model"
     shutil.copytree(checkpoints("gqa"), repo / "snapshots" / "abc123")
     (repo / "refs").mkdir()
@@ -908,8 +985,10 @@ def test_models_are_found_as_the_hub_finds_them(checkpoints, tmp_path, monkeypat
     environment = os.environ | {"HF_HUB_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "1"}
 
     def load(name):
-        return subprocess.run([sys.executable, "-c", script, name], env=environment, cwd=ROOT, capture_output=True, text=True)
-    assert load("some/model").stdout.strip() == str(tokens_of(Engine(checkpoints("gqa")), [[5]])[0][:3])
+        return subprocess.run([sys.executable, "-c", script, name], env=environment, cwd=ROOT,
+                              capture_output=True, text=True)
+    assert load("some/model").stdout.strip() == str(tokens_of(Engine(checkpoints("gqa")),
+                                                              [[5]])[0][:3])
     assert "other/model is not in the Hugging Face cache and cannot be downloaded (HF_HUB_OFFLINE is set)" in load("other/model").stderr
     for name in ("no/such/dir", "nothing", "/nowhere", "..//x"):
         with pytest.raises(UserError, match="there is no directory"):
@@ -947,7 +1026,8 @@ def test_bad_prompts_are_refused_and_nothing_else_is_lost(demo, prompt, message)
 
 
 @pytest.mark.parametrize("params, message", [
-    (SamplingParams(stop_token_ids=[9999]), "stop_token_ids holds token id 9999, expected 0 to 3071"),
+    (SamplingParams(stop_token_ids=[9999]),
+     "stop_token_ids holds token id 9999, expected 0 to 3071"),
     (SamplingParams(logit_bias={9999: 1}), "logit_bias holds token id 9999"),
     (SamplingParams(logprobs=4000), "logprobs is 4000, expected at most the vocabulary of 3072"),
     ({"temperature": 0}, "sampling_params is a dict, expected SamplingParams"),
@@ -966,9 +1046,11 @@ def test_a_request_id_is_used_once(demo):
 
 
 @pytest.mark.parametrize("options, parts", [
-    (dict(max_model_len=4096), ["max_model_len is 4096, the model was made for 512", "--max-model-len 512"]),
-    (dict(num_gpu_blocks_override=4, max_model_len=100), ["holds 64 tokens", "--kv-cache-memory-bytes", "--max-model-len 64"]),
-    (dict(kv_cache_memory_bytes=100), ["holds 0 tokens", "--kv-cache-memory-bytes 16384"]),
+    (dict(max_model_len=4096), ["max_model_len is 4096, the model was made for 512",
+                                "--max-model-len 512"]),
+    (dict(num_gpu_blocks_override=4, max_model_len=100),
+     ["holds 64 tokens", "--kv-cache-memory-bytes", "--max-model-len 64"]),
+    (dict(kv_cache_memory_bytes=100), ["holds 0 tokens", "--kv-cache-memory-bytes 8192"]),
     (dict(max_num_seqs=0), ["max_num_seqs is 0, expected a positive integer"]),
     (dict(block_size=2.5), ["block_size is 2.5"]),
     (dict(device="tpu"), ["device is 'tpu'"]),
@@ -979,7 +1061,7 @@ def test_engine_options_that_cannot_work_name_one_that_does(checkpoints, options
 
 def test_the_cache_is_sized_by_need_and_capped_by_memory(checkpoints):
     assert len(Engine(checkpoints("gqa"), max_num_seqs=3).allocator.ref_counts) == 3 * 512 // 16
-    capped = Engine(checkpoints("gqa"), kv_cache_memory_bytes=16384 * 10)
+    capped = Engine(checkpoints("gqa"), kv_cache_memory_bytes=8192 * 10)
     assert len(capped.allocator.ref_counts) == 10 and capped.max_model_len == 160
     assert "10 blocks of 16 tokens; context up to 160 tokens" in capped.describe()
 
@@ -987,7 +1069,8 @@ def test_the_cache_is_sized_by_need_and_capped_by_memory(checkpoints):
 def test_an_engine_without_a_tokenizer_works_on_ids_alone(checkpoints):
     engine = Engine(checkpoints("gqa"))
     assert engine.get_tokenizer() is None and engine.generate([[5, 6]], GREEDY)[0]["text"] == ""
-    for call in (lambda: engine.generate("hello"), lambda: engine.chat([{"role": "user", "content": "hi"}]),
+    for call in (lambda: engine.generate("hello"),
+                 lambda: engine.chat([{"role": "user", "content": "hi"}]),
                  lambda: engine.generate([[5]], SamplingParams(stop="x"))):
         with pytest.raises(UserError, match="no tokenizer.json"):
             call()
@@ -1005,22 +1088,28 @@ def tokenizer():
 
 
 def sentencepiece_tokenizer():
-    """The other family: a space is part of the word behind it, and the first one is dropped (Llama 2, Mistral)."""
+    """The other family: a space is part of the word behind it, and the first one is dropped (Llama
+    2, Mistral)."""
     from tokenizers import decoders, models, normalizers
     from tokenizers import Tokenizer as Backend
     vocabulary = {f"<0x{byte:02X}>": byte for byte in range(256)}
-    vocabulary |= {word: 256 + i for i, word in enumerate(["\u2581", "\u2581the", "\u2581cat", "s", "\u00e9", "<unk>"])}
+    vocabulary |= {word: 256 + i for i,
+                   word in enumerate(["\u2581", "\u2581the", "\u2581cat", "s", "\u00e9", "<unk>"])}
     backend = Backend(models.BPE(vocabulary, [], unk_token="<unk>", byte_fallback=True))
-    backend.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
-    backend.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(),
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"),
+                                               normalizers.Replace(" ", "\u2581")])
+    backend.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(),
+                                         decoders.Fuse(),
                                          decoders.Strip(" ", 1, 0)])
     made = object.__new__(Tokenizer)
     made.backend = backend
     return made
 
 
-TEXTS = ["plain words", "Gr\u00fc\u00dfe aus K\u00f6ln", "\u4f60\u597d\uff0c\u4e16\u754c", "\u0e2a\u0e27\u0e31\u0e2a\u0e14\u0e35",
-         "\U0001f600\U0001f469\u200d\U0001f680 ok", "a\u0301\n\ttabs  two", "\ufffd is a character, too"]
+TEXTS = ["plain words", "Gr\u00fc\u00dfe aus K\u00f6ln", "\u4f60\u597d\uff0c\u4e16\u754c",
+         "\u0e2a\u0e27\u0e31\u0e2a\u0e14\u0e35",
+         "\U0001f600\U0001f469\u200d\U0001f680 ok", "a\u0301\n\ttabs  two",
+         "\ufffd is a character, too"]
 
 
 @pytest.mark.parametrize("text", TEXTS)
@@ -1033,18 +1122,28 @@ def test_streamed_pieces_are_whole_characters_and_join_to_the_text(tokenizer, te
         assert not any("\ufffd" in piece for piece in pieces)
 
 
-@pytest.mark.parametrize("make", [lambda: Tokenizer(tinyvllm.DEMO), sentencepiece_tokenizer], ids=["byte-level", "sentencepiece"])
-def test_pieces_of_any_ids_join_to_the_decode_of_the_whole(make):
-    made, rng = make(), np.random.default_rng(0)
-    size = made.backend.get_vocab_size()
+def check_pieces(made, prompt, ids):
+    stream = Detokenizer(made, prompt, skip_special_tokens=True)
+    text = "".join([stream.push(token) for token in ids] + [stream.flush()])
+    assert made.decode(prompt) + text == made.decode(prompt + ids), (prompt, ids)
+
+
+def test_pieces_of_any_ids_join_to_the_decode_of_the_whole(tokenizer):
+    rng = np.random.default_rng(0)
     for trial in range(300):
-        prompt = rng.integers(0, size, rng.integers(0, 12)).tolist()
-        ids = rng.integers(0, size if trial % 2 else 256, rng.integers(1, 30)).tolist()
-        while prompt and made.decode(prompt).endswith("\ufffd"):
-            prompt.pop()                           # a prompt that ends inside a character: see the next test
-        stream = Detokenizer(made, prompt, skip_special_tokens=True)
-        text = "".join([stream.push(token) for token in ids] + [stream.flush()])
-        assert made.decode(prompt) + text == made.decode(prompt + ids), (prompt, ids)
+        prompt = rng.integers(0, 3072, rng.integers(0, 12)).tolist()
+        while prompt and tokenizer.decode(prompt).endswith("\ufffd"):
+            prompt.pop()                           # what ends inside a character is for the next test
+        check_pieces(tokenizer, prompt, rng.integers(0, 3072 if trial % 2 else 256, 30).tolist())
+
+
+def test_pieces_join_where_a_space_belongs_to_the_word_behind_it():
+    made, rng = sentencepiece_tokenizer(), np.random.default_rng(0)
+    characters = [[256], [257], [258], [259], [260]] + [list(c.encode()) for c in "a \u00e9\u4f60\U0001f600"]
+    for _ in range(300):
+        prompt, ids = ([token for i in rng.integers(0, len(characters), count) for token in characters[i]]
+                       for count in (rng.integers(0, 5), 12))
+        check_pieces(made, prompt, ids)
 
 
 def test_a_prompt_that_ends_inside_a_character_is_completed_not_repeated(tokenizer):
@@ -1071,13 +1170,15 @@ def test_every_prompt_begins_with_exactly_one_bos(demo, tmp_path):
 def test_every_end_of_sequence_id_ends_an_answer(checkpoints, tmp_path):
     directory = Path(shutil.copytree(checkpoints("gqa"), tmp_path / "eos"))
     answer, = tokens_of(Engine(directory), [[5]])
-    (directory / "generation_config.json").write_text(json.dumps({"eos_token_id": [answer[3], 250]}))
+    (directory / "generation_config.json").write_text(
+        json.dumps({"eos_token_id": [answer[3], 250]}))
     output, = Engine(directory).generate([[5]], SamplingParams(temperature=0))
     assert output["token_ids"] == answer[:answer.index(answer[3]) + 1]
     assert (output["finish_reason"], output["stop_reason"]) == ("stop", None)
     output, = Engine(directory).generate([[5]], SamplingParams(temperature=0, ignore_eos=True))
     assert output["token_ids"] == answer
-    output, = Engine(directory).generate([[5]], SamplingParams(temperature=0, ignore_eos=True, stop_token_ids=[answer[5]]))
+    output, = Engine(directory).generate([[5]], SamplingParams(temperature=0, ignore_eos=True,
+                                                               stop_token_ids=[answer[5]]))
     assert output["stop_reason"] == answer[5]
 
 
@@ -1087,10 +1188,13 @@ def test_stop_strings_end_the_text_and_never_show_early(demo):
     text = full["text"]
     for stop in (text[20:24], text[30:45], text[:3]):
         at = text.index(stop)
-        pieces = list(demo.stream(prompt, SamplingParams(temperature=0, max_tokens=100, stop=[stop, "never"])))
+        pieces = list(demo.stream(prompt,
+                                  SamplingParams(temperature=0, max_tokens=100,
+                                                 stop=[stop, "never"])))
         assert pieces[-1]["text"] == text[:at] and pieces[-1]["stop_reason"] == stop
         assert all(text[:at].startswith(piece["text"]) for piece in pieces)
-        kept, = demo.generate(prompt, SamplingParams(temperature=0, max_tokens=100, stop=stop, include_stop_str_in_output=True))
+        kept, = demo.generate(prompt, SamplingParams(temperature=0, max_tokens=100, stop=stop,
+                                                     include_stop_str_in_output=True))
         assert kept["text"] == text[:at + len(stop)]
 
 
@@ -1098,13 +1202,15 @@ def test_special_tokens_show_only_when_asked(demo):
     prompt = demo.chat_prompt([{"role": "user", "content": "What is a token?"}])
     plain, shown, silent = demo.generate([prompt] * 3, [
         SamplingParams(temperature=0, max_tokens=100),
-        SamplingParams(temperature=0, max_tokens=100, skip_special_tokens=False, include_stop_str_in_output=True),
+        SamplingParams(temperature=0, max_tokens=100, skip_special_tokens=False,
+                       include_stop_str_in_output=True),
         SamplingParams(temperature=0, max_tokens=100, detokenize=False)])
     assert shown["text"] == plain["text"] + "<|eot_id|>" and silent["text"] == ""
     assert plain["token_ids"] == shown["token_ids"] == silent["token_ids"]
 
 
-HOSTILE_TEMPLATES = {"{{ ''.__class__.__mro__[1].__subclasses__() }}": "refuses", "{{ raise_exception('no system') }}": "no system",
+HOSTILE_TEMPLATES = {"{{ ''.__class__.__mro__[1].__subclasses__() }}": "refuses",
+                     "{{ raise_exception('no system') }}": "no system",
                      "{% for": "refuses"}
 
 
@@ -1118,17 +1224,20 @@ def test_chat_templates_run_in_a_sandbox(tokenizer, template):
 
 def test_chat_templates_have_what_checkpoints_use(tokenizer):
     made = Tokenizer(tinyvllm.DEMO)
-    made.chat_template = ("{% for m in messages %}{% if loop.index > 2 %}{% break %}{% endif %}{% generation %}"
-                          "{{ m | tojson }}{% endgeneration %}{% endfor %}{{ strftime_now('%Y') }}{{ bos_token }}")
+    made.chat_template = ("{% for m in messages %}{% if loop.index > 2 %}{% break %}{% endif %}{% generation %}{{ "
+                          "m | tojson }}{% endgeneration %}{% endfor %}{{ strftime_now('%Y') }}{{ "
+                          "bos_token }}")
     rendered = made.render_chat([{"role": "user", "content": "<\u00e9>"}] * 3)
-    assert rendered.count('{"role": "user", "content": "<\u00e9>"}') == 2 and rendered.endswith("<|begin_of_text|>")
+    assert rendered.count('{"role": "user", "content": "<\u00e9>"}') == 2 and rendered.endswith(
+        "<|begin_of_text|>")
     made.chat_template = None
     with pytest.raises(UserError, match="no chat template: use --raw"):
         made.render_chat([{"role": "user", "content": "hi"}])
 
 
 def test_a_final_message_can_be_continued(demo):
-    messages = [{"role": "user", "content": "What is a warp?"}, {"role": "assistant", "content": "A warp is "}]
+    messages = [{"role": "user", "content": "What is a warp?"},
+                {"role": "assistant", "content": "A warp is "}]
     text = demo.tokenizer.render_chat(messages, continue_final_message=True)
     assert text.endswith("<|end_header_id|>\n\nA warp is")
     for bad in ([], [{"role": "user"}], ["hi"], [{"role": "user", "content": None}]):
@@ -1142,7 +1251,8 @@ def test_a_final_message_can_be_continued(demo):
 
 def test_the_api_looks_like_vllm(demo):
     llm = LLM(tinyvllm.DEMO, device="cpu")
-    outputs = llm.generate([{"prompt_token_ids": [0, 5, 6]}, "What is a kernel?"], SamplingParams(temperature=0.0, max_tokens=48))
+    outputs = llm.generate([{"prompt_token_ids": [0, 5, 6]}, "What is a kernel?"],
+                           SamplingParams(temperature=0.0, max_tokens=48))
     assert [output.prompt for output in outputs] == [None, "What is a kernel?"]
     assert outputs[0].prompt_token_ids == [0, 5, 6] and outputs[0].outputs[0].index == 0
     assert outputs[1]["text"] == outputs[1].outputs[0].text and outputs[1].finished
@@ -1150,14 +1260,16 @@ def test_the_api_looks_like_vllm(demo):
     assert metrics.arrival_time < metrics.first_token_time <= metrics.finished_time
     assert llm.generate([]) == []
     conversation = [{"role": "user", "content": "What is a kernel?"}]
-    assert [o["text"] for o in llm.chat([conversation] * 2)] == [llm.chat(conversation)[0]["text"]] * 2
+    assert [o["text"]
+            for o in llm.chat([conversation] * 2)] == [llm.chat(conversation)[0]["text"]] * 2
     assert llm.get_default_sampling_params().greedy
 
 
 def test_default_sampling_follows_generation_config():
     recommended = tinyvllm.recommended_sampling
     assert recommended({"temperature": 0.6, "top_p": 0.9}) == {"temperature": 0.0, "top_p": 0.9}
-    assert recommended({"do_sample": True, "temperature": 0.6, "top_k": None}) == {"temperature": 0.6}
+    assert recommended({"do_sample": True, "temperature": 0.6,
+                        "top_k": None}) == {"temperature": 0.6}
 
 
 def test_streams_grow_and_join(demo):
@@ -1178,25 +1290,30 @@ def has_keywords(text, keywords):
 
 
 def held_back_questions():
-    return [json.loads(line) for line in (ROOT / "demo" / "held_back.jsonl").read_text().splitlines()]
+    return [json.loads(line) for line in (ROOT / "demo" / "held_back.jsonl").read_text().splitlines(
+        )]
 
 
 def test_the_demo_model_answers_questions_it_never_saw(demo):
     entries = held_back_questions()
     trained = {re.sub(r"\W+", " ", question.lower()).strip()
-               for line in (ROOT / "demo" / "corpus.jsonl").read_text().splitlines() for question in json.loads(line)["questions"]}
+               for line in (ROOT / "demo" / "corpus.jsonl").read_text().splitlines()
+               for question in json.loads(line)["questions"]}
     assert len(entries) >= 60
     assert not [e for e in entries if re.sub(r"\W+", " ", e["question"].lower()).strip() in trained]
     outputs = demo.chat([[{"role": "user", "content": entry["question"]}] for entry in entries],
                         SamplingParams(temperature=0, max_tokens=150))
-    right = sum(has_keywords(output["text"], entry["keywords"]) for output, entry in zip(outputs, entries))
+    right = sum(has_keywords(output["text"], entry["keywords"]) for output,
+                entry in zip(outputs, entries))
     print(f"held back: {right} of {len(entries)} right")
     assert right / len(entries) >= 0.85
-    assert all(output["finish_reason"] == "stop" and output["text"].endswith((".", "?", "!")) for output in outputs)
+    assert all(output["finish_reason"] == "stop" and output["text"].endswith((".", "?", "!"))
+               for output in outputs)
 
 
 def test_the_demo_checkpoint_is_small():
-    files = [path for path in (ROOT / "demo").iterdir() if path.suffix in (".safetensors", ".json", ".jsonl")]
+    files = [path for path in (ROOT / "demo").iterdir()
+             if path.suffix in (".safetensors", ".json", ".jsonl")]
     assert sum(path.stat().st_size for path in files) < 12e6
 
 
@@ -1205,7 +1322,8 @@ def test_the_demo_checkpoint_is_small():
 
 
 def run_cli(*arguments, stdin=None, **options):
-    return subprocess.run([sys.executable, str(ROOT / "tinyvllm.py"), *arguments], input=stdin, capture_output=True,
+    return subprocess.run([sys.executable, str(ROOT / "tinyvllm.py"), *arguments], input=stdin,
+                          capture_output=True,
                           encoding="utf-8", timeout=120, **options)
 
 
@@ -1222,12 +1340,14 @@ def test_statistics_can_be_silenced():
 def test_several_prompts_are_one_batch_in_their_order(tmp_path):
     (tmp_path / "question.txt").write_text("What is a warp?\n")
     alone = [run_cli("-p", question).stdout for question in ("What is a token?", "What is a warp?")]
-    together = run_cli("-p", "What is a token?", "-f", str(tmp_path / "question.txt"), "-f", "-", stdin="What is a token?")
+    together = run_cli("-p", "What is a token?", "-f", str(tmp_path / "question.txt"), "-f", "-",
+                       stdin="What is a token?")
     assert together.stdout == alone[0] + alone[1] + alone[0]
 
 
 def test_flags_reach_the_engine():
-    first, again, other = (run_cli("-p", "Batching", "--raw", "--temp", "1.2", "--top-k", "40", "--top-p", "0.9", "--min-p", "0.01",
+    first, again, other = (run_cli("-p", "Batching", "--raw", "--temp", "1.2", "--top-k", "40",
+                                   "--top-p", "0.9", "--min-p", "0.01",
                                    "--seed", seed, "-n", "12").stdout for seed in ("1", "1", "2"))
     assert first == again != other
     result = run_cli("-p", "hello", "-n", "3", "--verbose-prompt", "--system-prompt", "Be brief.")
@@ -1260,12 +1380,14 @@ def test_bad_command_lines_end_with_one_sentence(arguments, status, message):
 
 
 def test_input_that_is_not_utf8_is_mended_and_said():
-    result = subprocess.run([sys.executable, str(ROOT / "tinyvllm.py"), "-f", "-"], input=b"What is a \xff warp?", capture_output=True)
+    result = subprocess.run([sys.executable, str(ROOT / "tinyvllm.py"), "-f", "-"],
+                            input=b"What is a \xff warp?", capture_output=True)
     assert result.returncode == 0 and b"not UTF-8" in result.stderr and result.stdout
 
 
 def test_a_closed_pipe_ends_quietly():
-    process = subprocess.Popen([sys.executable, str(ROOT / "tinyvllm.py"), "-p", "What is PagedAttention?"],
+    process = subprocess.Popen([sys.executable, str(ROOT / "tinyvllm.py"), "-p",
+                                "What is PagedAttention?"],
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     process.stdout.close()
     _, errors = process.communicate(timeout=60)
@@ -1275,7 +1397,8 @@ def test_a_closed_pipe_ends_quietly():
 @pytest.mark.skipif(os.name == "nt", reason="signals are another matter there")
 def test_ctrl_c_keeps_the_text_and_exits_130():
     import signal
-    process = subprocess.Popen([sys.executable, "-u", str(ROOT / "tinyvllm.py"), "-p", "hello", "--raw", "--temp", "3", "-n", "1900"],
+    process = subprocess.Popen([sys.executable, "-u", str(ROOT / "tinyvllm.py"), "-p", "hello",
+                                "--raw", "--temp", "3", "-n", "1900"],
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     first = process.stdout.read(1)
     process.send_signal(signal.SIGINT)
@@ -1284,19 +1407,22 @@ def test_ctrl_c_keeps_the_text_and_exits_130():
 
 
 def test_chat_remembers_obeys_and_leaves():
-    script = ("What is a warp?\n/show\n/set parameter max_tokens 2\n/set parameter top_p 7\nWhat is a token?\n/clear\n/set system Be brief.\n"
+    script = ("What is a warp?\n/show\n/set parameter max_tokens 2\n/set parameter top_p 7\nWhat "
+              "is a token?\n/clear\n/set system Be brief.\n"
               '/show\n/?\n/fly\n"""What is\na warp?"""\n/bye\nnever read\n')
     result = run_cli("--chat", stdin=script)
     assert result.returncode == 0 and "Traceback" not in result.stderr
     answers = result.stdout.splitlines()
-    assert len(answers) == 3 and "32 threads" in answers[0] and len(answers[1].split()) <= 2
-    for part in ("2 messages so far", "0 messages so far", "system: 'Be brief.'", "error: top_p is 7.0", "unknown command /fly",
+    assert len(answers) == 3 and "32" in answers[0] and len(answers[1].split()) <= 2
+    for part in ("2 messages so far", "0 messages so far", "system: 'Be brief.'",
+                 "error: top_p is 7.0", "unknown command /fly",
                  "/bye, /exit or /quit"):
         assert part in result.stderr, part
 
 
 def test_chat_goes_on_after_a_conversation_that_became_too_long():
-    result = run_cli("--chat", "--max-model-len", "60", stdin="What is a warp?\nWhat is a token?\n/clear\nWhat is a warp?\n")
+    result = run_cli("--chat", "--max-model-len", "60",
+                     stdin="What is a warp?\nWhat is a token?\n/clear\nWhat is a warp?\n")
     assert result.returncode == 0 and "error: the prompt has" in result.stderr
     answers = result.stdout.splitlines()
     assert len(answers) == 2 and answers[0] == answers[1]
@@ -1326,27 +1452,33 @@ def write_golden(directory):
     for shape in SHAPES:
         made = make_checkpoint(directory / re.sub(r"\W+", "-", shape), **SHAPES[shape])
         torch, model = hf_model(made)
-        golden["tokens"][shape] = [hf_greedy(torch, model, ids, GREEDY.max_tokens) for ids in shape_prompts(shape)]
+        golden["tokens"][shape] = [hf_greedy(torch, model, ids, GREEDY.max_tokens)
+                                   for ids in shape_prompts(shape)]
         with torch.no_grad():
             logits = model(torch.tensor([shape_prompts(shape)[-1]])).logits[0, -1]
         golden["last_logits"][shape] = [float(x) for x in logits[:8]]
     torch, model = hf_model(tinyvllm.DEMO)
     tokenizer = transformers.AutoTokenizer.from_pretrained(tinyvllm.DEMO)
     for messages in GOLDEN_CHATS:
-        rendered = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        rendered = tokenizer.apply_chat_template(messages, tokenize=False,
+                                                 add_generation_prompt=True)
         ids = tokenizer(rendered, add_special_tokens=False).input_ids
         inputs = torch.tensor([ids])
-        output = model.generate(inputs, attention_mask=torch.ones_like(inputs), max_new_tokens=100, do_sample=False,
+        output = model.generate(inputs, attention_mask=torch.ones_like(inputs), max_new_tokens=100,
+                                do_sample=False,
                                 pad_token_id=0)[0, len(ids):].tolist()
-        golden["demo"].append({"messages": messages, "rendered": rendered, "prompt_token_ids": ids, "token_ids": output,
+        golden["demo"].append({"messages": messages, "rendered": rendered, "prompt_token_ids": ids,
+                               "token_ids": output,
                                "text": tokenizer.decode(output, skip_special_tokens=True)})
     GOLDEN.write_text(json.dumps(golden, indent=1) + "\n")
 
 
 GOLDEN_CHATS = [
     [{"role": "user", "content": "What is PagedAttention?"}],
-    [{"role": "system", "content": "Answer briefly."}, {"role": "user", "content": "  why is decode slow?\n"}],
-    [{"role": "user", "content": "What is a warp?"}, {"role": "assistant", "content": "A group of 32 threads."},
+    [{"role": "system", "content": "Answer briefly."}, {"role": "user", "content": "  why is "
+                                                        "decode slow?\n"}],
+    [{"role": "user", "content": "What is a warp?"}, {"role": "assistant", "content": "A group of "
+                                                      "32 threads."},
      {"role": "user", "content": "Gr\u00fc\u00dfe, \u4f60\u597d, \U0001f600! What is RoPE?"}],
 ]
 

@@ -7,8 +7,8 @@
     3. Tokenizer              text <-> token ids, the chat template, streaming text    (lesson 1)
     4. Sampling parameters    what a caller may ask for, checked                       (lesson 16)
     5. Requests and outputs   what the engine keeps of a request, what the caller gets
-    6. BlockAllocator         the KV cache is a pool of blocks                         (lessons 12 and 15)
-    7. Engine                 schedule -> pack -> forward -> sample -> retire          (lessons 2 and 14)
+    6. BlockAllocator         the KV cache is a pool of blocks                (lessons 12 and 15)
+    7. Engine                 schedule -> pack -> forward -> sample -> retire  (lessons 2 and 14)
     8. Command line
 
 The computation itself is in kernels_numba.py, whose dimension key (T, B, S, C, ...) holds here too.
@@ -33,7 +33,7 @@ from typing import Iterator
 import jinja2
 import jinja2.ext
 import jinja2.sandbox
-import ml_dtypes                                   # noqa: F401  teaches NumPy, and safetensors, bfloat16
+import ml_dtypes                              # noqa: F401  teaches NumPy, and safetensors, bfloat16
 import numpy as np
 import tokenizers
 from safetensors import SafetensorError, safe_open
@@ -58,7 +58,8 @@ def ceil_div(a: int, b: int) -> int:
 ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM")
 ROPE_TYPES = {"default": (),
               "linear": ("factor",),
-              "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")}
+              "llama3": ("factor", "low_freq_factor", "high_freq_factor",
+                         "original_max_position_embeddings")}
 
 
 @dataclass(frozen=True)
@@ -84,12 +85,14 @@ def read_json(path: Path) -> dict:
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(f"{path.parent} has no {path.name}: expected a Hugging Face checkpoint directory "
-                        "(config.json, model.safetensors, tokenizer.json)") from None
+        raise UserError(f"{path.parent} has no {path.name}: expected a Hugging Face checkpoint "
+                        "directory (config.json, model.safetensors, tokenizer.json)") from None
     except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text (byte {error.start}): expected JSON, download it again") from None
+        raise UserError(f"{path} is not UTF-8 text (byte {error.start}): expected JSON, download "
+                        "it again") from None
     except json.JSONDecodeError as error:
-        hint = describe_wrong_file(path) or f"line {error.lineno}, column {error.colno}: {error.msg}"
+        place = f"line {error.lineno}, column {error.colno}: {error.msg}"
+        hint = describe_wrong_file(path) or place
         raise UserError(f"{path} is not valid JSON ({hint})") from None
     if not isinstance(data, dict):
         raise UserError(f"{path} holds a JSON {type(data).__name__}, expected an object")
@@ -97,67 +100,77 @@ def read_json(path: Path) -> dict:
 
 
 def load_config(directory: Path) -> Config:
-    """Reads config.json (and the end-of-sequence ids of generation_config.json); refuses what it cannot run."""
-    raw = read_json(directory / "config.json")
-    refuse_unsupported(raw, directory)
+    """Reads config.json (and the end-of-sequence ids of generation_config.json); refuses what it
+    cannot run."""
+    path = directory / "config.json"
+    raw = read_json(path)
+    refuse_unsupported(raw, path)
 
     def number(name: str, kind=int):
         value = raw.get(name)
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or kind(value) != value or value <= 0:
-            raise UserError(f"{directory / 'config.json'}: {name} is {value!r}, expected a positive {kind.__name__}")
+        plain = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not plain or kind(value) != value or value <= 0:
+            raise UserError(f"{path}: {name} is {value!r}, expected a positive {kind.__name__}")
         return kind(value)
 
     H, C = number("num_attention_heads"), number("hidden_size")
     G = number("num_key_value_heads") if raw.get("num_key_value_heads") is not None else H
     D = number("head_dim") if raw.get("head_dim") is not None else C // H
     if H % G:
-        raise UserError(f"{directory / 'config.json'}: {H} attention heads cannot be shared by {G} key/value heads, "
+        raise UserError(f"{path}: {H} attention heads cannot be shared by {G} key/value heads, "
                         "expected a divisor")
     if D % 2:
-        raise UserError(f"{directory / 'config.json'}: head_dim is {D}, expected an even number for RoPE")
-    rope = rope_parameters(raw, directory)
+        raise UserError(f"{path}: head_dim is {D}, expected an even number for RoPE")
+    rope = rope_parameters(raw, path)
     return Config(
-        vocab_size=number("vocab_size"), hidden_size=C, intermediate_size=number("intermediate_size"),
-        num_hidden_layers=number("num_hidden_layers"), num_attention_heads=H, num_key_value_heads=G, head_dim=D,
-        rms_norm_eps=number("rms_norm_eps", float), max_position_embeddings=number("max_position_embeddings"),
+        vocab_size=number("vocab_size"), hidden_size=C,
+        intermediate_size=number("intermediate_size"),
+        num_hidden_layers=number("num_hidden_layers"), num_attention_heads=H,
+        num_key_value_heads=G, head_dim=D,
+        rms_norm_eps=number("rms_norm_eps", float),
+        max_position_embeddings=number("max_position_embeddings"),
         tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
-        rope_theta=float(rope["rope_theta"]), rope_scaling=rope, eos_token_ids=eos_token_ids(raw, directory))
+        rope_theta=float(rope["rope_theta"]), rope_scaling=rope,
+        eos_token_ids=eos_token_ids(raw, directory))
 
 
-def refuse_unsupported(raw: dict, directory: Path) -> None:
+def refuse_unsupported(raw: dict, path: Path) -> None:
     architectures = raw.get("architectures") or [f"model_type {raw.get('model_type')!r}"]
     if architectures[0] not in ARCHITECTURES:
-        raise UserError(f"{directory}: {architectures[0]} is not supported, expected one of {', '.join(ARCHITECTURES)}")
-    for name, plain in {"sliding_window": None, "attention_bias": False, "mlp_bias": False,
-                        "hidden_act": "silu", "quantization_config": None}.items():
-        value = raw.get(name, plain)
-        if value != plain and not (name == "sliding_window" and value >= raw.get("max_position_embeddings", 0)):
-            raise UserError(f"{directory / 'config.json'}: {name} is {value!r}, supported is only {plain!r}")
+        raise UserError(f"{path}: {architectures[0]} is not supported, expected one of "
+                        f"{', '.join(ARCHITECTURES)}")
+    plain_values = {"sliding_window": None, "attention_bias": False, "mlp_bias": False,
+                    "hidden_act": "silu", "quantization_config": None}
+    for name, plain in plain_values.items():
+        if raw.get(name, plain) != plain:
+            raise UserError(f"{path}: {name} is {raw[name]!r}, supported is only {plain!r}")
 
 
-def rope_parameters(raw: dict, directory: Path) -> dict:
+def rope_parameters(raw: dict, path: Path) -> dict:
     """One spelling for both: the older rope_scaling + rope_theta, and the newer rope_parameters."""
     rope = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})
-    rope.setdefault("rope_type", rope.get("type", "default"))
+    rope_type = rope.setdefault("rope_type", rope.get("type", "default"))
     rope.setdefault("rope_theta", raw.get("rope_theta", 10000.0))
-    if rope["rope_type"] not in ROPE_TYPES:
-        raise UserError(f"{directory / 'config.json'}: rope_type {rope['rope_type']!r} is not supported, "
-                        f"expected one of {', '.join(ROPE_TYPES)}")
-    for name in ("rope_theta",) + ROPE_TYPES[rope["rope_type"]]:
+    if rope_type not in ROPE_TYPES:
+        raise UserError(f"{path}: rope_type {rope_type!r} is not supported, expected one of "
+                        f"{', '.join(ROPE_TYPES)}")
+    for name in ("rope_theta",) + ROPE_TYPES[rope_type]:
         if not isinstance(rope.get(name), (int, float)) or rope[name] <= 0:
-            raise UserError(f"{directory / 'config.json'}: rope_type {rope['rope_type']!r} has {name} "
-                            f"{rope.get(name)!r}, expected a positive number")
+            raise UserError(f"{path}: rope_type {rope_type!r} has {name} {rope.get(name)!r}, "
+                            "expected a positive number")
     return rope
 
 
 def generation_config(directory: Path) -> dict:
-    """The author's recommended sampling and end-of-sequence ids, {} where the checkpoint has none."""
+    """The author's recommended sampling and end-of-sequence ids, {} where the checkpoint has
+    none."""
     path = directory / "generation_config.json"
     return read_json(path) if path.exists() else {}
 
 
 def eos_token_ids(raw: dict, directory: Path) -> frozenset[int]:
-    """Every end-of-sequence id of config.json and generation_config.json: Llama 3.2 Instruct has three."""
+    """Every end-of-sequence id of config.json and generation_config.json: Llama 3.2 Instruct has
+    three."""
     ids = set()
     for source in (raw, generation_config(directory)):
         value = source.get("eos_token_id")
@@ -165,10 +178,12 @@ def eos_token_ids(raw: dict, directory: Path) -> frozenset[int]:
     return frozenset(ids - {None})
 
 
-def find_checkpoint(model: str | Path, revision: str | None = None, token: str | None = None) -> Path:
-    """A local directory, or a hub id looked up in the Hugging Face cache and downloaded if it is not there.
+def find_checkpoint(model: str | Path, revision: str | None = None,
+                    token: str | None = None) -> Path:
+    """A local directory, or a hub id: from the Hugging Face cache, downloaded if it is not there.
 
-    HF_HOME, HF_HUB_CACHE, HF_TOKEN, HF_ENDPOINT and HF_HUB_OFFLINE mean what they mean to huggingface_hub.
+    HF_HOME, HF_HUB_CACHE, HF_TOKEN, HF_ENDPOINT and HF_HUB_OFFLINE mean what they mean to
+    huggingface_hub.
     """
     path = Path(model).expanduser()
     if path.is_dir():
@@ -176,32 +191,38 @@ def find_checkpoint(model: str | Path, revision: str | None = None, token: str |
     if path.exists():
         raise UserError(f"{path} is a file: --model takes the checkpoint's directory or a hub id")
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", str(model)):
-        raise UserError(f"there is no directory {path}, and it is no hub id either: expected a directory "
-                        "or ORGANISATION/NAME such as meta-llama/Llama-3.2-1B-Instruct")
+        raise UserError(f"there is no directory {path}, and it is no hub id either: expected a "
+                        "directory or ORGANISATION/NAME such as meta-llama/Llama-3.2-1B-Instruct")
     import huggingface_hub                         # slow to import, and only hub ids need it
     from huggingface_hub import errors
     try:
         wanted = ["*.json", "*.safetensors", "*.jinja"]
         return Path(huggingface_hub.snapshot_download(
-            str(model), revision=revision, token=token, allow_patterns=wanted, ignore_patterns=["original/*"]))
+            str(model), revision=revision, token=token, allow_patterns=wanted,
+            ignore_patterns=["original/*"]))
     except errors.GatedRepoError:
-        raise UserError(f"{model} is gated: accept its licence on the hub, then set HF_TOKEN to your access token") from None
+        raise UserError(f"{model} is gated: accept its licence on the hub, then set HF_TOKEN to "
+                        "your access token") from None
     except errors.RepositoryNotFoundError:
-        raise UserError(f"the hub has no model {model}, or it is private and HF_TOKEN is not set") from None
+        raise UserError(
+            f"the hub has no model {model}, or it is private and HF_TOKEN is not set") from None
     except errors.RevisionNotFoundError:
         raise UserError(f"{model} has no revision {revision!r} on the hub") from None
     except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, OSError) as error:
-        reason = "HF_HUB_OFFLINE is set" if huggingface_hub.constants.HF_HUB_OFFLINE else str(error).split("\n")[0]
-        raise UserError(f"{model} is not in the Hugging Face cache and cannot be downloaded ({reason}): "
-                        "give --model a local directory, or allow the download once") from None
+        offline = huggingface_hub.constants.HF_HUB_OFFLINE
+        reason = "HF_HUB_OFFLINE is set" if offline else str(error).split("\n")[0]
+        raise UserError(f"{model} is not in the Hugging Face cache and cannot be downloaded "
+                        f"({reason}): give --model a local directory, or allow the download "
+                        "once") from None
 
 
 # -----------------------------------------------------------------------------
 # 2. Weights                                                          (lesson 3)
 #
-# Everything is allocated first, and one table says where each tensor of the checkpoint goes: a view of
-# its final place, whose shape is the expected shape. q, k and v are rows of one matrix, so are gate and
-# up: one matmul reads its input once. The table is checked as a whole, then filled tensor by tensor.
+# Everything is allocated first, and one table says where each tensor of the checkpoint goes: a view
+# of its final place, whose shape is the expected shape. q, k and v are rows of one matrix, so are
+# gate and up: one matmul reads its input once. The table is checked as a whole, then filled tensor
+# by tensor.
 
 
 @dataclass
@@ -223,7 +244,8 @@ class Weights:
 
 
 def allocate_weights(cfg: Config) -> tuple[Weights, dict[str, np.ndarray]]:
-    """Uninitialised float32 weights, and the table: checkpoint name -> the view its tensor fills."""
+    """Uninitialised float32 weights, and the table: checkpoint name -> the view its tensor
+    fills."""
     C, F, V, D = cfg.hidden_size, cfg.intermediate_size, cfg.vocab_size, cfg.head_dim
     q_rows, kv_rows = cfg.num_attention_heads * D, cfg.num_key_value_heads * D
 
@@ -242,7 +264,8 @@ def allocate_weights(cfg: Config) -> tuple[Weights, dict[str, np.ndarray]]:
         q, k, v = np.split(w.wqkv, [q_rows, q_rows + kv_rows])
         gate, up = np.split(w.w_gate_up, 2)
         places = {"input_layernorm": w.norm_attn, "post_attention_layernorm": w.norm_mlp,
-                  "self_attn.q_proj": q, "self_attn.k_proj": k, "self_attn.v_proj": v, "self_attn.o_proj": w.wo,
+                  "self_attn.q_proj": q, "self_attn.k_proj": k, "self_attn.v_proj": v,
+                  "self_attn.o_proj": w.wo,
                   "mlp.gate_proj": gate, "mlp.up_proj": up, "mlp.down_proj": w.w_down}
         table.update({f"model.layers.{l}.{name}.weight": view for name, view in places.items()})
     return weights, table
@@ -254,7 +277,8 @@ def load_weights(cfg: Config, directory: Path) -> Weights:
     home = {tensor: file for file in files.values() for tensor in file.keys()}
     weights, table = allocate_weights(cfg)
     check_tensors(cfg, directory, home, table)
-    for name, place in tqdm(table.items(), desc="loading weights", unit=" tensors", delay=1, leave=False):
+    for name, place in tqdm(table.items(), desc="loading weights", unit=" tensors", delay=1,
+                            leave=False):
         copy_to_float32(place, home[name].get_tensor(name))
     return weights
 
@@ -264,19 +288,22 @@ def checkpoint_files(directory: Path) -> list[str]:
     index_path = directory / "model.safetensors.index.json"
     if not index_path.exists():
         if not (directory / "model.safetensors").exists():
-            raise UserError(f"{directory} has neither model.safetensors nor model.safetensors.index.json: "
-                            "expected a checkpoint in safetensors format")
+            raise UserError(f"{directory} has neither model.safetensors nor "
+                            "model.safetensors.index.json: expected a checkpoint in safetensors "
+                            "format")
         return ["model.safetensors"]
     weight_map = read_json(index_path).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-        raise UserError(f"{index_path}: weight_map is missing or damaged, expected tensor name -> file name")
+    if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
+        raise UserError(f"{index_path}: weight_map is missing or damaged, expected tensor name -> "
+                        "file name")
     names = sorted(set(weight_map.values()))
     outside = [name for name in names if "/" in name or "\\" in name or name in ("", ".", "..")]
     if outside:
         raise UserError(f"{index_path} names files outside its directory: {', '.join(outside)}")
     missing = [name for name in names if not (directory / name).exists()]
     if missing:
-        raise UserError(f"{index_path} names files that are not there: {', '.join(missing)}; download them again")
+        raise UserError(f"{index_path} names files that are not there: {', '.join(missing)}; "
+                        "download them again")
     return names
 
 
@@ -285,7 +312,8 @@ def open_safetensors(path: Path):
         return safe_open(path, framework="np")
     except (SafetensorError, OSError) as error:
         reason = describe_wrong_file(path) or describe_truncation(path) or str(error)
-        raise UserError(f"{path} is not a usable safetensors file ({reason}); download it again") from None
+        raise UserError(
+            f"{path} is not a usable safetensors file ({reason}); download it again") from None
 
 
 def describe_wrong_file(path: Path) -> str | None:
@@ -308,20 +336,24 @@ def describe_truncation(path: Path) -> str | None:
             return f"truncated: its header is {header_size} bytes long, the file has {size}"
         try:
             entries = json.loads(file.read(header_size))
-            promised = 8 + header_size + max(entry["data_offsets"][1] for name, entry in entries.items()
-                                             if name != "__metadata__")
+            entries.pop("__metadata__", None)
+            ends = [entry["data_offsets"][1] for entry in entries.values()]
+            promised = 8 + header_size + max(ends)
         except (ValueError, KeyError, TypeError, IndexError):
             return "its header is damaged"
-    return f"its header promises {promised} bytes, the file has {size}" if promised != size else None
+    if promised != size:
+        return f"its header promises {promised} bytes, the file has {size}"
+    return None
 
 
 def check_tensors(cfg: Config, directory: Path, home: dict, table: dict[str, np.ndarray]) -> None:
-    """Raises one UserError that names every tensor that is missing, unexpected, or of a wrong shape or type."""
-    harmless = {name for name in home if name.endswith("rotary_emb.inv_freq")}   # recomputed, from older exports
+    """Names every tensor that is missing, unexpected, or of a wrong shape or type in one error."""
+    # older exports hold the rotation speeds, which are computed here
+    harmless = {name for name in home if name.endswith("rotary_emb.inv_freq")}
     if cfg.tie_word_embeddings:
-        harmless.add("lm_head.weight")                                          # a copy of the embedding
+        harmless.add("lm_head.weight")                                     # a copy of the embedding
     problems = [f"missing {name}" for name in table if name not in home]
-    problems += [f"unexpected {name}" for name in home if name not in table and name not in harmless]
+    problems += [f"unexpected {name}" for name in home.keys() - table.keys() - harmless]
     for name in table.keys() & home.keys():
         tensor, expected = home[name].get_slice(name), table[name].shape
         if tuple(tensor.get_shape()) != expected:
@@ -343,15 +375,16 @@ def copy_to_float32(place: np.ndarray, tensor: np.ndarray) -> None:
 # -----------------------------------------------------------------------------
 # 3. Tokenizer                                                        (lesson 1)
 #
-# The only place where text becomes token ids and back. The engine below it never sees text, and works
-# without a tokenizer.
+# The only place where text becomes token ids and back. The engine below it never sees text, and
+# works without a tokenizer.
 
-REPLACEMENT = "\ufffd"                             # what decoding makes of bytes that are no whole character
-PROMPT_TAIL = 6                                    # prompt tokens that decide how the first new one is spelled
+REPLACEMENT = "\ufffd"                    # what decoding makes of bytes that are no whole character
+PROMPT_TAIL = 6                         # prompt tokens that decide how the first new one is spelled
 
 
 class GenerationTag(jinja2.ext.Extension):
-    """Templates mark the assistant's text with {% generation %} for training; here it is just text."""
+    """Templates mark the assistant's text with {% generation %} for training; here it is just
+    text."""
     tags = {"generation"}
 
     def parse(self, parser):
@@ -368,14 +401,17 @@ class Tokenizer:
             self.backend = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:                 # the library raises a bare Exception
             reason = describe_wrong_file(path) or error
-            raise UserError(f"{path} is not a usable tokenizer ({reason}); download it again") from None
-        self.backend.no_truncation()               # some checkpoints ship it switched on; prompts are never cut
+            raise UserError(
+                f"{path} is not a usable tokenizer ({reason}); download it again") from None
+        self.backend.no_truncation()   # some checkpoints ship it switched on; prompts are never cut
         self.backend.no_padding()
         config_path = directory / "tokenizer_config.json"
         config = read_json(config_path) if config_path.exists() else {}
-        self.special_tokens = {name: value["content"] if isinstance(value, dict) else value
-                               for name, value in config.items() if name.endswith("_token") and value
-                               and not isinstance(value, bool)}
+        self.special_tokens = {}                   # "bos_token" -> "<|begin_of_text|>", ...
+        for name, value in config.items():
+            content = value.get("content") if isinstance(value, dict) else value
+            if name.endswith("_token") and isinstance(content, str):
+                self.special_tokens[name] = content
         self.bos_token_id = self.id_of("bos_token")
         self.eos_token_id = self.id_of("eos_token")
         self.add_bos = bool(config.get("add_bos_token", False))
@@ -391,7 +427,7 @@ class Tokenizer:
         if path.exists():
             return path.read_text(encoding="utf-8")
         template = config.get("chat_template")
-        if isinstance(template, list):             # several named ones: [{"name": ..., "template": ...}]
+        if isinstance(template, list):        # several named ones: [{"name": ..., "template": ...}]
             template = {entry["name"]: entry["template"] for entry in template}.get("default")
         return template
 
@@ -407,7 +443,8 @@ class Tokenizer:
         return self.one_bos(self.backend.encode(text, add_special_tokens=False).ids)
 
     def one_bos(self, ids: list[int]) -> list[int]:
-        """subtle: a template that writes the BOS and a tokenizer that adds one make two, and answers get worse."""
+        """subtle: a template that writes the BOS and a tokenizer that adds one make two, and
+        answers get worse."""
         while len(ids) > 1 and ids[0] == ids[1] == self.bos_token_id:
             ids = ids[1:]
         return ids
@@ -419,20 +456,23 @@ class Tokenizer:
                     continue_final_message: bool = False) -> str:
         """The conversation as the checkpoint's own Jinja template writes it, in a sandbox."""
         if self.chat_template is None:
-            raise UserError("this checkpoint has no chat template: use --raw, or generate() instead of chat()")
+            raise UserError("this checkpoint has no chat template: use --raw, or generate() "
+                            "instead of chat()")
         check_messages(messages)
         environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols, GenerationTag])
-        environment.filters["tojson"] = lambda value, indent=None: json.dumps(value, ensure_ascii=False, indent=indent)
+            trim_blocks=True, lstrip_blocks=True,
+            extensions=[jinja2.ext.loopcontrols, GenerationTag])
+        environment.filters["tojson"] = (
+            lambda value, indent=None: json.dumps(value, ensure_ascii=False, indent=indent))
         environment.globals["raise_exception"] = raise_template_error
         environment.globals["strftime_now"] = time.strftime
         try:
             text = environment.from_string(self.chat_template).render(
-                messages=messages, add_generation_prompt=add_generation_prompt and not continue_final_message,
-                tools=None, documents=None, **self.special_tokens)
+                messages=messages, tools=None, documents=None, **self.special_tokens,
+                add_generation_prompt=add_generation_prompt and not continue_final_message)
         except jinja2.TemplateError as error:
             raise UserError(f"the chat template refuses this conversation: {error}") from None
-        if continue_final_message:                 # leave the last message open, so that the model goes on with it
+        if continue_final_message:                 # leave the last message open
             final = messages[-1]["content"].strip()
             text = text[:text.rindex(final) + len(final)]
         return text
@@ -443,21 +483,22 @@ def raise_template_error(message: str):
 
 
 def check_messages(messages: list[dict]) -> None:
-    for i, message in enumerate(messages):
-        if not isinstance(message, dict) or not isinstance(message.get("role"), str) \
-                or not isinstance(message.get("content"), str):
-            raise UserError(f"messages[{i}] is {message!r}, expected {{'role': 'user', 'content': 'text'}}")
+    example = "{'role': 'user', 'content': 'text'}"
     if not messages:
-        raise UserError("messages is empty, expected at least one {'role': 'user', 'content': 'text'}")
+        raise UserError(f"messages is empty, expected at least one {example}")
+    for i, message in enumerate(messages):
+        if not isinstance(message, dict) or not all(isinstance(message.get(key), str)
+                                                    for key in ("role", "content")):
+            raise UserError(f"messages[{i}] is {message!r}, expected {example}")
 
 
 class Detokenizer:
     """Turns token ids into text piece by piece; the pieces join to the decode of the whole.
 
-    One character may span several tokens, and some tokenizers spell a token differently after another, so
-    a piece is the difference of two decodes: of the ids from `start` to `done`, whose text is out already,
-    and of the ids from `start` to the end. While the end is half a character nothing comes out. Invariant:
-    `start` and `done` are always at character boundaries.
+    One character may span several tokens, and some tokenizers spell a token differently after
+    another, so a piece is the difference of two decodes: of the ids from `start` to `done`, whose
+    text is out already, and of the ids from `start` to the end. While the end is half a character
+    nothing comes out. Invariant: `start` and `done` are always at character boundaries.
     """
 
     def __init__(self, tokenizer: Tokenizer, prompt_ids: list[int], skip_special_tokens: bool):
@@ -501,18 +542,22 @@ class SamplingParams:
 
     n                        samples per prompt; greedy allows only 1
     temperature              0 is greedy; divides the logits before the softmax
-    top_k, top_p, min_p      keep the k likeliest (0 or -1: all), the nucleus of probability p, the tokens at
-                             least min_p times as likely as the likeliest
-    repetition_penalty       divides positive and multiplies negative logits of tokens seen in prompt or output
-    presence_, frequency_penalty   subtracted once, and per occurrence, for tokens of the output
+    top_k, top_p, min_p      keep the k likeliest (0 or -1: all), the nucleus of probability p, the
+                             tokens at least min_p times as likely as the likeliest
+    repetition_penalty       divides positive and multiplies negative logits of tokens seen in
+                             prompt or output
+    presence_penalty, frequency_penalty     subtracted once, and per occurrence, for tokens of the
+                             output
     logit_bias               {token id: added to its logit}
-    seed                     the same seed gives the same tokens, in any batch; None or -1: drawn by the engine
-    stop, stop_token_ids     text, ids that end the answer; include_stop_str_in_output keeps them in it
+    seed                     the same seed gives the same tokens, in any batch; None or -1: drawn
+                             by the engine
+    stop, stop_token_ids     text and ids that end the answer; include_stop_str_in_output keeps
+                             them in it
     ignore_eos               go on past end-of-sequence
     max_tokens, min_tokens   limits of the answer; max_tokens None: up to the end of the context
-    logprobs, prompt_logprobs      how many of the likeliest tokens to report per position, -1: all; the chosen
-                             one is always there. Of the raw logits, before any processing
-    detokenize, skip_special_tokens    whether to make text, and whether special tokens show in it
+    logprobs, prompt_logprobs     how many of the likeliest tokens to report per position, -1: all;
+                             the chosen one is always there. Of the raw logits, before processing
+    detokenize, skip_special_tokens    whether to make text, and to leave special tokens out of it
 
     Raises UserError (a ValueError) naming the field, the value and the range.
     """
@@ -548,7 +593,7 @@ class SamplingParams:
         self.check_number("min_p", float, 0, 1)
         self.check_number("seed", int, -1, 2**64 - 1, optional=True)
         self.check_number("max_tokens", int, 1, optional=True)
-        self.check_number("min_tokens", int, 0, math.inf if self.max_tokens is None else self.max_tokens)
+        self.check_number("min_tokens", int, 0, self.max_tokens or math.inf)
         self.check_number("logprobs", int, -1, optional=True)
         self.check_number("prompt_logprobs", int, -1, optional=True)
         self.stop = [self.stop] if isinstance(self.stop, str) else list(self.stop or [])
@@ -559,8 +604,8 @@ class SamplingParams:
             self.seed = None
         if self.greedy:
             if self.n > 1:
-                raise UserError(f"n is {self.n} with temperature {self.temperature:g}: greedy samples are all the same, "
-                                "expected n=1 or a temperature above 0")
+                raise UserError(f"n is {self.n} with temperature {self.temperature:g}: greedy "
+                                "samples are all the same, expected n=1 or a temperature above 0")
             self.top_k, self.top_p, self.min_p = 0, 1.0, 0.0
 
     @property
@@ -572,29 +617,36 @@ class SamplingParams:
         if value is None and optional:
             return
         types = (int, np.integer) if kind is int else (int, float, np.number)
-        in_range = not isinstance(value, bool) and isinstance(value, types) and math.isfinite(value) \
-            and (low < value if above else low <= value) and value <= high
-        if not in_range:
-            span = f"in {'(' if above else '['}{low}, {high}]" if high != math.inf else f"{'above' if above else 'at least'} {low}"
-            raise UserError(f"{name} is {value!r}, expected {'an integer' if kind is int else 'a number'} {span}"
-                            f"{' or None' if optional else ''}")
+        plain = isinstance(value, types) and not isinstance(value, bool) and math.isfinite(value)
+        if plain and (low < value if above else low <= value) and value <= high:
+            return
+        if high < math.inf:
+            span = f"in {'(' if above else '['}{low}, {high}]"
+        else:
+            span = f"{'above' if above else 'at least'} {low}"
+        noun = "an integer" if kind is int else "a number"
+        raise UserError(f"{name} is {value!r}, expected {noun} {span}"
+                        f"{' or None' if optional else ''}")
 
     def check_stops_and_bias(self) -> None:
         if not all(isinstance(text, str) and text for text in self.stop):
             raise UserError(f"stop is {self.stop!r}, expected strings that are not empty")
         if self.stop and not self.detokenize:
-            raise UserError("stop strings need text to look at: leave detokenize on, or use stop_token_ids")
+            raise UserError("stop strings need text to look at: leave detokenize on, or use "
+                            "stop_token_ids")
         if not all(isinstance(token, (int, np.integer)) for token in self.stop_token_ids):
             raise UserError(f"stop_token_ids is {self.stop_token_ids!r}, expected integers")
         for token, bias in self.logit_bias.items():
             if not isinstance(token, (int, np.integer)) or not -100 <= bias <= 100:
-                raise UserError(f"logit_bias has {token!r}: {bias!r}, expected token ids with a bias in [-100, 100]")
+                raise UserError(f"logit_bias has {token!r}: {bias!r}, expected token ids with a "
+                                "bias in [-100, 100]")
 
 
 # -----------------------------------------------------------------------------
 # 5. Requests and outputs
 #
-# A Request is what the caller submitted; a Sequence is one of its n samples and what the scheduler moves.
+# A Request is what the caller submitted; a Sequence is one of its n samples and what the scheduler
+# moves.
 
 
 @dataclass
@@ -612,8 +664,8 @@ class CompletionOutput:
     token_ids: list[int]
     cumulative_logprob: float | None
     logprobs: list[dict[int, Logprob]] | None
-    finish_reason: str | None                      # "stop", "length", "abort", "error", None while running
-    stop_reason: int | str | None                  # the stop string or id, what went wrong, None for plain EOS
+    finish_reason: str | None               # "stop", "length", "abort", "error", None while running
+    stop_reason: int | str | None       # the stop string or id, what went wrong, None for plain EOS
 
 
 @dataclass
@@ -642,8 +694,11 @@ class RequestOutput:
 
 @dataclass(eq=False)
 class Sequence:
-    """One sample on its way. Invariant between steps: the KV of token_ids[:num_computed] is in the blocks of
-    block_table, and while it decodes exactly one token, the newest, is not computed yet."""
+    """One sample on its way.
+
+    Invariant between steps: the KV of token_ids[:num_computed] is in the blocks of block_table, and
+    while it decodes exactly one token, the newest, is not computed yet.
+    """
     request: Request
     index: int
     seed: int
@@ -676,13 +731,14 @@ class Sequence:
         return self.num_outputs > 0 and self.num_computed == len(self.token_ids) - 1
 
     def output(self) -> CompletionOutput:
-        # the longest stop string may have begun in the last characters: they wait until it is decided
-        held_back = 0 if self.finish_reason else max((len(stop) - 1 for stop in self.params.stop), default=0)
-        wants_logprobs = self.params.logprobs is not None
-        return CompletionOutput(
-            self.index, self.text[:max(0, len(self.text) - held_back)], self.output_ids,
-            self.cumulative_logprob if wants_logprobs else None, list(self.logprobs) if wants_logprobs else None,
-            self.finish_reason, self.stop_reason)
+        # the last characters may have begun a stop string: they wait until that is decided
+        longest_stop = 0 if self.finish_reason else max(map(len, self.params.stop), default=0)
+        shown = self.text[:max(0, len(self.text) - max(0, longest_stop - 1))]
+        logprobs, cumulative_logprob = None, None
+        if self.params.logprobs is not None:
+            logprobs, cumulative_logprob = list(self.logprobs), self.cumulative_logprob
+        return CompletionOutput(self.index, shown, self.output_ids, cumulative_logprob, logprobs,
+                                self.finish_reason, self.stop_reason)
 
 
 @dataclass(eq=False)
@@ -701,10 +757,12 @@ class Request:
         return all(seq.finish_reason for seq in self.sequences)
 
     def output(self) -> RequestOutput:
+        wants_logprobs = self.params.prompt_logprobs is not None
         return RequestOutput(
             self.request_id, self.prompt, self.prompt_token_ids,
-            list(self.prompt_logprobs) if self.params.prompt_logprobs is not None else None,
-            [seq.output() for seq in self.sequences], self.finished, self.metrics, self.num_cached_tokens or 0)
+            list(self.prompt_logprobs) if wants_logprobs else None,
+            [seq.output() for seq in self.sequences], self.finished, self.metrics,
+            self.num_cached_tokens or 0)
 
 
 @dataclass
@@ -715,7 +773,7 @@ class Batch:
     counts: list[int]
     tokens: np.ndarray                             # (T,) int32
     positions: np.ndarray                          # (T,) int32
-    slots: np.ndarray                              # (T,) int32, where each token's K and V go: block * P + offset
+    slots: np.ndarray                # (T,) int32, where each token's K and V go: block * P + offset
     query_starts: np.ndarray                       # (B+1,) int32
     seq_lens: np.ndarray                           # (B,) int32, context after this step
     block_tables: np.ndarray                       # (B, blocks of the longest) int32
@@ -724,20 +782,22 @@ class Batch:
 # -----------------------------------------------------------------------------
 # 6. BlockAllocator                                        (lessons 12 and 15)
 #
-# The KV cache is a pool of blocks of P tokens. A full block is named by the hash of its tokens chained to
-# the hash of the block before it, so equal hashes mean equal tokens from the start of the context on, and
-# a request whose prompt begins like an earlier one's takes the blocks instead of computing them. Free
-# blocks keep their contents and their name until they are needed: the free list is also the cache, and
-# taking from its head evicts the least recently used.
+# The KV cache is a pool of blocks of P tokens. A full block is named by the hash of its tokens
+# chained to the hash of the block before it, so equal hashes mean equal tokens from the start of
+# the context on, and a request whose prompt begins like an earlier one's takes the blocks instead
+# of computing them. Free blocks keep their contents and their name until they are needed: the free
+# list is also the cache, and taking from its head evicts the least recently used.
 
 
 class BlockAllocator:
-    """Free list, reference counts and names of the blocks. A block is either free or referenced, never both."""
+    """Free list, reference counts and names of the blocks. A block is either free or referenced,
+    never both."""
 
     def __init__(self, num_blocks: int):
         self.ref_counts = [0] * num_blocks
-        self.free = OrderedDict.fromkeys(range(num_blocks))        # an ordered set, next to be taken first
-        self.block_of: dict[bytes, int] = {}                       # hash -> block that holds its tokens
+        # an ordered set, next to be taken first
+        self.free = OrderedDict.fromkeys(range(num_blocks))
+        self.block_of: dict[bytes, int] = {}                   # hash -> block that holds its tokens
         self.hash_of: dict[int, bytes] = {}                        # the inverse
         self.num_evicted = 0
 
@@ -758,7 +818,8 @@ class BlockAllocator:
         return block
 
     def release(self, block: int) -> None:
-        """One reference less. At zero the block is free: a named one is reused last, a nameless one first."""
+        """One reference less. At zero the block is free: a named one is reused last, a nameless one
+        first."""
         assert self.ref_counts[block] > 0, f"block {block} was released twice"
         self.ref_counts[block] -= 1
         if self.ref_counts[block] == 0:
@@ -766,7 +827,8 @@ class BlockAllocator:
             self.free.move_to_end(block, last=block in self.hash_of)
 
     def register(self, block: int, block_hash: bytes) -> None:
-        """Names a block. If another block holds the same tokens already, that one keeps the name."""
+        """Names a block. If another block holds the same tokens already, that one keeps the
+        name."""
         if block_hash not in self.block_of:
             self.block_of[block_hash] = block
             self.hash_of[block] = block_hash
@@ -777,19 +839,20 @@ class BlockAllocator:
 
 
 def hash_block(parent: bytes, token_ids: list[int]) -> bytes:
-    """SHA-256 of the parent's hash and the block's tokens: collisions would hand out wrong contexts."""
+    """SHA-256 of the parent's hash and the block's tokens: collisions would hand out wrong
+    contexts."""
     return hashlib.sha256(parent + np.array(token_ids, np.int32).tobytes()).digest()
 
 
 # -----------------------------------------------------------------------------
 # 7. Engine                                          (lessons 2, 14, 15 and 16)
 #
-# A step is either prefill or decode, never both. Prefill packs the prompts of several requests, cut into
-# chunks of max_num_batched_tokens; decode takes one token of each running request. When both have work
-# they alternate, so a long prompt delays the others by one chunk at most, and a token is always computed
-# by the same operation, whatever company it has.
+# A step is either prefill or decode, never both. Prefill packs the prompts of several requests, cut
+# into chunks of max_num_batched_tokens; decode takes one token of each running request. When both
+# have work they alternate, so a long prompt delays the others by one chunk at most, and a token is
+# always computed by the same operation, whatever company it has.
 
-DEFAULT_CACHE_BYTES = 4 << 30                      # of main memory; pages that are never written cost nothing
+DEFAULT_CACHE_BYTES = 4 << 30            # of main memory; pages that are never written cost nothing
 
 
 class Engine:
@@ -799,37 +862,41 @@ class Engine:
     tokenizer                directory to take the tokenizer from, if not the model's
     device                   "cpu"; None picks the best there is
     seed                     of requests that bring none
-    max_model_len            longest context, prompt and answer together; None: what the model and the cache allow
+    max_model_len            longest context, prompt and answer together; None: what the model and
+                             the cache allow
     max_num_seqs             requests in one batch
     max_num_batched_tokens   tokens in one prefill step; longer prompts are chunked
     block_size               tokens per KV block
     enable_prefix_caching    reuse blocks of contexts that begin alike
-    static_batching          nobody joins until the whole batch has ended: what continuous batching improves on
+    static_batching          nobody joins until the whole batch has ended: what continuous batching
+                             improves on
     kv_cache_memory_bytes, num_gpu_blocks_override     size of the KV cache
     revision, hf_token       for hub ids
 
     Raises UserError for bad input. One Engine belongs to one thread.
     """
 
-    def __init__(self, model: str | Path = DEMO, *, tokenizer: str | Path | None = None, device: str | None = None,
-                 seed: int | None = None, max_model_len: int | None = None, max_num_seqs: int = 128,
-                 max_num_batched_tokens: int = 2048, block_size: int = 16, enable_prefix_caching: bool = True,
-                 static_batching: bool = False, kv_cache_memory_bytes: int | None = None,
-                 num_gpu_blocks_override: int | None = None, revision: str | None = None,
-                 hf_token: str | None = None):
-        for name, value in dict(max_model_len=max_model_len, max_num_seqs=max_num_seqs, block_size=block_size,
-                                max_num_batched_tokens=max_num_batched_tokens,
-                                kv_cache_memory_bytes=kv_cache_memory_bytes,
-                                num_gpu_blocks_override=num_gpu_blocks_override).items():
-            if value is not None and (not isinstance(value, int) or value < 1):
-                raise UserError(f"{name} is {value!r}, expected a positive integer")
+    def __init__(self, model: str | Path = DEMO, *, tokenizer: str | Path | None = None,
+                 device: str | None = None, seed: int | None = None,
+                 max_model_len: int | None = None, max_num_seqs: int = 128,
+                 max_num_batched_tokens: int = 2048, block_size: int = 16,
+                 enable_prefix_caching: bool = True, static_batching: bool = False,
+                 kv_cache_memory_bytes: int | None = None,
+                 num_gpu_blocks_override: int | None = None,
+                 revision: str | None = None, hf_token: str | None = None):
+        check_positive(max_model_len=max_model_len, max_num_seqs=max_num_seqs,
+                       max_num_batched_tokens=max_num_batched_tokens, block_size=block_size,
+                       kv_cache_memory_bytes=kv_cache_memory_bytes,
+                       num_gpu_blocks_override=num_gpu_blocks_override)
         self.device = pick_device(device)
         self.ops = kernels.TWINS
-        directory = find_checkpoint(model, revision, hf_token)
+        directory = checkpoint = find_checkpoint(model, revision, hf_token)
         self.model_name = directory.name if directory != DEMO else "demo model"
         self.cfg = load_config(directory)
         self.generation_config = generation_config(directory)
-        self.tokenizer = load_tokenizer(find_checkpoint(tokenizer, None, hf_token) if tokenizer else directory)
+        if tokenizer:
+            directory = find_checkpoint(tokenizer, None, hf_token)
+        self.tokenizer = load_tokenizer(directory)
         self.eos_token_ids = set(self.cfg.eos_token_ids)
         if self.tokenizer and self.tokenizer.eos_token_id is not None:
             self.eos_token_ids.add(self.tokenizer.eos_token_id)
@@ -839,14 +906,14 @@ class Engine:
         self.enable_prefix_caching, self.static_batching = enable_prefix_caching, static_batching
         num_blocks = self.size_cache(max_model_len, kv_cache_memory_bytes, num_gpu_blocks_override)
         self.allocator = BlockAllocator(num_blocks)
-        self.weights = load_weights(self.cfg, directory)
+        self.weights = load_weights(self.cfg, checkpoint)
         self.allocate_buffers(num_blocks)
 
         self.rng = np.random.default_rng(seed)
         self.request_counter = 0
         self.requests: dict[str, Request] = {}     # unfinished ones
-        self.waiting: deque[Sequence] = deque()    # first come, first served; preempted ones in front
-        self.running: list[Sequence] = []          # oldest first; each owns the blocks of all its tokens
+        self.waiting: deque[Sequence] = deque()  # first come, first served; preempted ones in front
+        self.running: list[Sequence] = []     # oldest first; each owns the blocks of all its tokens
         self.prefilled_last = False
         self.batch: Batch | None = None            # the last step's
         self.num_preemptions = 0
@@ -855,36 +922,42 @@ class Engine:
 
     # ---- memory ----
 
-    def size_cache(self, max_model_len: int | None, cache_bytes: int | None, num_blocks: int | None) -> int:
-        """Number of KV blocks: what max_num_seqs full contexts need, capped by memory. Sets max_model_len."""
+    def size_cache(self, max_model_len: int | None, cache_bytes: int | None,
+                   num_blocks: int | None) -> int:
+        """Number of KV blocks: what max_num_seqs full contexts need, capped by memory. Sets
+        max_model_len."""
         cfg, P = self.cfg, self.block_size
         longest = max_model_len or cfg.max_position_embeddings
         if longest > cfg.max_position_embeddings:
-            raise UserError(f"max_model_len is {longest}, the model was made for {cfg.max_position_embeddings}: "
-                            f"use --max-model-len {cfg.max_position_embeddings} or less")
-        self.bytes_per_block = (2 * cfg.num_hidden_layers * P * cfg.num_key_value_heads * cfg.head_dim
-                                * np.dtype(np.float32).itemsize)
+            raise UserError(f"max_model_len is {longest}, the model was made for "
+                            f"{cfg.max_position_embeddings}: use --max-model-len "
+                            f"{cfg.max_position_embeddings} or less")
+        floats_per_token = 2 * cfg.num_hidden_layers * cfg.num_key_value_heads * cfg.head_dim
+        self.bytes_per_block = P * floats_per_token * np.dtype(np.float32).itemsize
         if num_blocks is None:
             wanted = self.max_num_seqs * ceil_div(longest, P)
             num_blocks = min(wanted, (cache_bytes or DEFAULT_CACHE_BYTES) // self.bytes_per_block)
         capacity = num_blocks * P
         if capacity < (max_model_len or 1):
             needed = ceil_div(longest if max_model_len else 1, P) * self.bytes_per_block
-            raise UserError(f"the KV cache holds {capacity} tokens, one context of {max_model_len or 1} does not fit: "
-                            f"use --kv-cache-memory-bytes {needed} or more"
+            raise UserError(f"the KV cache holds {capacity} tokens, one context of "
+                            f"{max_model_len or 1} does not fit: use --kv-cache-memory-bytes "
+                            f"{needed} or more"
                             + (f", or --max-model-len {capacity} or less" if capacity else ""))
         self.max_model_len = min(longest, capacity)
         return num_blocks
 
     def allocate_buffers(self, num_blocks: int) -> None:
-        """Everything a step writes, once: the KV cache, and one buffer for each intermediate of `forward`."""
+        """Everything a step writes, once: the KV cache, and one buffer for each intermediate of
+        `forward`."""
         cfg, T, B = self.cfg, max(self.max_num_batched_tokens, self.max_num_seqs), self.max_num_seqs
         H, G, D = cfg.num_attention_heads, cfg.num_key_value_heads, cfg.head_dim
         cache_shape = (cfg.num_hidden_layers, num_blocks, self.block_size, G, D)
-        self.k_cache, self.v_cache = np.empty(cache_shape, np.float32), np.empty(cache_shape, np.float32)
+        self.k_cache = np.empty(cache_shape, np.float32)
+        self.v_cache = np.empty(cache_shape, np.float32)
         self.x = np.empty((T, cfg.hidden_size), np.float32)                   # residual stream
-        self.h = np.empty((T, cfg.hidden_size), np.float32)                   # normed input of a matmul
-        self.delta = np.empty((T, cfg.hidden_size), np.float32)               # what a matmul adds to x
+        self.h = np.empty((T, cfg.hidden_size), np.float32)               # normed input of a matmul
+        self.delta = np.empty((T, cfg.hidden_size), np.float32)            # what a matmul adds to x
         self.qkv = np.empty((T, (H + 2 * G) * D), np.float32)
         self.o = np.empty((T, H * D), np.float32)
         self.gate_up = np.empty((T, 2 * cfg.intermediate_size), np.float32)
@@ -901,9 +974,10 @@ class Engine:
         if w.lm_head is not w.embed:
             arrays.append(w.lm_head)
         capacity = len(self.allocator.ref_counts)
-        return (f"{self.model_name} on {self.device}: {sum(a.size for a in arrays) / 1e6:,.1f} M parameters, "
-                f"{format_bytes(sum(a.nbytes for a in arrays))}; KV cache {format_bytes(capacity * self.bytes_per_block)} "
-                f"at most, {capacity:,} blocks of {self.block_size} tokens; context up to {self.max_model_len:,} tokens")
+        return (f"{self.model_name} on {self.device}: {sum(a.size for a in arrays) / 1e6:,.1f} M "
+                f"parameters, {format_bytes(sum(a.nbytes for a in arrays))}; KV cache "
+                f"{format_bytes(capacity * self.bytes_per_block)} at most, {capacity:,} blocks of "
+                f"{self.block_size} tokens; context up to {self.max_model_len:,} tokens")
 
     # ---- requests in ----
 
@@ -911,57 +985,72 @@ class Engine:
         """Checks everything that can be checked before the request takes part in anything."""
         params = params or self.get_default_sampling_params()
         if not isinstance(params, SamplingParams):
-            raise UserError(f"sampling_params is a {type(params).__name__}, expected SamplingParams")
+            raise UserError(
+                f"sampling_params is a {type(params).__name__}, expected SamplingParams")
         if request_id in self.requests:
-            raise UserError(f"request_id {request_id!r} is in use: expected one that no unfinished request has")
+            raise UserError(f"request_id {request_id!r} is in use: expected one that no unfinished "
+                            "request has")
         text, ids = self.read_prompt(prompt)
         V = self.cfg.vocab_size
         if not ids:
             raise UserError("the prompt is empty, expected at least one token")
         for token in ids:
-            if isinstance(token, bool) or not isinstance(token, (int, np.integer)) or not 0 <= token < V:
-                raise UserError(f"the prompt holds token id {token!r}, expected integers from 0 to {V - 1}")
+            if not is_token_id(token, V):
+                raise UserError(f"the prompt holds token id {token!r}, expected integers from 0 to "
+                                f"{V - 1}")
         for name in ("stop_token_ids", "logit_bias"):
             outside = [token for token in getattr(params, name) if not 0 <= token < V]
             if outside:
                 raise UserError(f"{name} holds token id {outside[0]}, expected 0 to {V - 1}")
         for name in ("logprobs", "prompt_logprobs"):
             if (getattr(params, name) or 0) > V:
-                raise UserError(f"{name} is {getattr(params, name)}, expected at most the vocabulary of {V}, or -1 for all")
+                raise UserError(f"{name} is {getattr(params, name)}, expected at most the "
+                                f"vocabulary of {V}, or -1 for all")
         if params.stop and not self.tokenizer:
-            raise UserError("stop strings need a tokenizer, and the checkpoint has no tokenizer.json: use stop_token_ids")
+            raise UserError("stop strings need a tokenizer, and the checkpoint has no "
+                            "tokenizer.json: use stop_token_ids")
         if len(ids) >= self.max_model_len:
-            raise UserError(f"the prompt has {len(ids)} tokens, the context holds {self.max_model_len} and the answer "
-                            f"needs at least one: shorten it, or use --max-model-len {len(ids) + 1} or more, if model "
-                            f"(up to {self.cfg.max_position_embeddings}) and --kv-cache-memory-bytes allow")
-        request = Request(request_id, text, [int(token) for token in ids], params, RequestMetrics(time.perf_counter()))
+            raise UserError(f"the prompt has {len(ids)} tokens, the context holds "
+                            f"{self.max_model_len} and the answer needs at least one: shorten it, "
+                            f"or use --max-model-len {len(ids) + 1} or more, if model (up to "
+                            f"{self.cfg.max_position_embeddings}) and --kv-cache-memory-bytes "
+                            "allow")
+        request = Request(request_id, text, [int(token) for token in ids], params,
+                          RequestMetrics(time.perf_counter()))
         seed = params.seed if params.seed is not None else int(self.rng.integers(2**63))
         for i in range(params.n):
             detokenizer = None
             if self.tokenizer and params.detokenize:
-                detokenizer = Detokenizer(self.tokenizer, request.prompt_token_ids, params.skip_special_tokens)
-            request.sequences.append(Sequence(request, i, (seed + i) % 2**64, list(request.prompt_token_ids), detokenizer))
+                detokenizer = Detokenizer(self.tokenizer, request.prompt_token_ids,
+                                          params.skip_special_tokens)
+            request.sequences.append(Sequence(request, i, (seed + i) % 2**64,
+                                              list(request.prompt_token_ids), detokenizer))
         return request
 
     def read_prompt(self, prompt) -> tuple[str | None, list[int]]:
-        """Text and ids of a prompt: a str, {"prompt": str}, {"prompt_token_ids": [...]}, or a list of ids."""
+        """Text and ids of a prompt: a str, {"prompt": str}, {"prompt_token_ids": [...]}, or a list
+        of ids."""
         text, ids = None, prompt
         if isinstance(prompt, dict):
             unknown = prompt.keys() - {"prompt", "prompt_token_ids"}
             if unknown or not prompt:
-                raise UserError(f"the prompt has keys {sorted(prompt)}, expected 'prompt' or 'prompt_token_ids'")
+                raise UserError(f"the prompt has keys {sorted(prompt)}, expected 'prompt' or "
+                                "'prompt_token_ids'")
             text, ids = prompt.get("prompt"), prompt.get("prompt_token_ids", prompt.get("prompt"))
         if isinstance(ids, str):
             if not self.tokenizer:
-                raise UserError("the checkpoint has no tokenizer.json, so text cannot be read: pass "
-                                "{'prompt_token_ids': [...]}, or tokenizer= a directory that has one")
+                raise UserError("the checkpoint has no tokenizer.json, so text cannot be read: "
+                                "pass {'prompt_token_ids': [...]}, or tokenizer= a directory that "
+                                "has one")
             if not ids:
                 raise UserError("the prompt is empty, expected at least one character")
             if not ids.isascii() and any("\ud800" <= c <= "\udfff" for c in ids):
-                raise UserError("the prompt holds lone surrogates, which no UTF-8 text has: decode its bytes with errors='replace'")
+                raise UserError("the prompt holds lone surrogates, which no UTF-8 text has: decode "
+                                "its bytes with errors='replace'")
             return ids, self.tokenizer.encode(ids)
         if not isinstance(ids, (list, tuple, np.ndarray)):
-            raise UserError(f"the prompt is a {type(prompt).__name__}, expected a str or {{'prompt_token_ids': [...]}}")
+            raise UserError(f"the prompt is a {type(prompt).__name__}, expected a str or "
+                            "{'prompt_token_ids': [...]}")
         return text, list(ids)
 
     def enqueue(self, request: Request) -> None:
@@ -991,7 +1080,8 @@ class Engine:
         """The next step, None when there is no work."""
         decoding = [seq for seq in self.running if seq.is_decoding]
         if self.static_batching:
-            prefill_turn = not any(seq.num_outputs > 1 for seq in decoding)       # until the first decode step
+            # until the first decode step
+            prefill_turn = not any(seq.num_outputs > 1 for seq in decoding)
         else:
             prefill_turn = not (decoding and self.prefilled_last)
         chunks = self.schedule_prefill() if prefill_turn else []
@@ -1002,7 +1092,8 @@ class Engine:
         return self.pack("decode", [(seq, 1) for seq in scheduled]) if scheduled else None
 
     def schedule_prefill(self) -> list[tuple[Sequence, int]]:
-        """Chunks for this step: those who have begun go on first, then the queue is admitted in its order."""
+        """Chunks for this step: those who have begun go on first, then the queue is admitted in its
+        order."""
         budget, chunks = self.max_num_batched_tokens, []
         candidates = deque(seq for seq in self.running if not seq.is_decoding)
         while budget and (candidates or self.admit(candidates)):
@@ -1014,14 +1105,17 @@ class Engine:
         return chunks
 
     def admit(self, candidates: deque[Sequence]) -> bool:
-        """Moves the head of the queue to the batch if there is a place and there are blocks for all its tokens."""
+        """Moves the head of the queue to the batch if there is a place and there are blocks for all
+        its tokens."""
         if not self.waiting or len(self.running) == self.max_num_seqs:
             return False
         seq = self.waiting[0]
         hits = self.cached_prefix(seq)
-        idle_hits = sum(self.allocator.ref_counts[block] == 0 for block in hits)      # these leave the free list too
+        # these leave the free list too
+        idle_hits = sum(self.allocator.ref_counts[block] == 0 for block in hits)
         num_new = ceil_div(len(seq.token_ids), self.block_size) - len(hits)
-        # one spare block for each that runs, or the next decode steps would preempt the newcomer again
+        # one spare block for each that runs, or the next decode steps would preempt the newcomer
+        # again
         if num_new + idle_hits + len(self.running) > len(self.allocator.free):
             return False
         seq.block_table = [self.allocator.share(block) for block in hits]
@@ -1034,7 +1128,8 @@ class Engine:
         return True
 
     def cached_prefix(self, seq: Sequence) -> list[int]:
-        """Blocks that hold the beginning of seq already. Its last token is never among them: its logits are wanted."""
+        """Blocks that hold the beginning of seq already. Its last token is never among them: its
+        logits are wanted."""
         if not self.enable_prefix_caching or seq.params.prompt_logprobs is not None:
             return []
         hits, longest = [], (len(seq.token_ids) - 1) // self.block_size
@@ -1053,8 +1148,8 @@ class Engine:
         return seq.block_hashes[:num_blocks]
 
     def register_full_blocks(self, seq: Sequence, num_tokens: int) -> None:
-        """Names the blocks that this step fills, before it runs: a layer writes all its K and V before any
-        attention reads them, so even a sequence in the same step may share them."""
+        """Names the blocks that this step fills, before it runs: a layer writes all its K and V
+        before any attention reads them, so even a sequence in the same step may share them."""
         first, last = seq.num_computed // self.block_size, num_tokens // self.block_size
         if self.enable_prefix_caching and last > first:
             hashes = self.full_block_hashes(seq, last)
@@ -1062,10 +1157,12 @@ class Engine:
                 self.allocator.register(seq.block_table[i], hashes[i])
 
     def schedule_decode(self, decoding: list[Sequence]) -> list[Sequence]:
-        """Every decoding sequence with a block for its newest token; the youngest give way when blocks run out."""
+        """Every decoding sequence with a block for its newest token; the youngest give way when
+        blocks run out."""
         scheduled = []
-        for seq in decoding:                       # oldest first: whoever gives way is not scheduled yet
-            while seq in self.running and len(seq.token_ids) > len(seq.block_table) * self.block_size:
+        for seq in decoding:                  # oldest first: whoever gives way is not scheduled yet
+            needed = ceil_div(len(seq.token_ids), self.block_size)
+            while seq in self.running and len(seq.block_table) < needed:
                 if self.allocator.free:
                     seq.block_table.append(self.allocator.allocate())
                 else:
@@ -1076,14 +1173,16 @@ class Engine:
         return scheduled
 
     def preempt(self, seq: Sequence) -> None:
-        """Takes all blocks away. It will compute its tokens again, as far as the prefix cache lost them."""
+        """Takes all blocks away. It will compute its tokens again, as far as the prefix cache lost
+        them."""
         self.num_preemptions += 1
         self.running.remove(seq)
         self.release_blocks(seq)
         self.waiting.appendleft(seq)
 
     def release_blocks(self, seq: Sequence) -> None:
-        for block in reversed(seq.block_table):    # the end of a context goes first when blocks are evicted
+        # the end of a context goes first when blocks are evicted
+        for block in reversed(seq.block_table):
             self.allocator.release(block)
         seq.block_table, seq.num_computed = [], 0
 
@@ -1091,7 +1190,8 @@ class Engine:
 
     def pack(self, kind: str, chunks: list[tuple[Sequence, int]]) -> Batch:
         """Flattens the step: tokens of all its sequences behind one another, no padding."""
-        P, sequences, counts = self.block_size, [seq for seq, _ in chunks], [count for _, count in chunks]
+        P = self.block_size
+        sequences, counts = map(list, zip(*chunks))
         ends = [seq.num_computed + count for seq, count in chunks]
         tokens, positions, slots = [], [], []
         block_tables = np.zeros((len(chunks), max(ceil_div(end, P) for end in ends)), np.int32)
@@ -1103,14 +1203,17 @@ class Engine:
             positions.append(where)
             slots.append(blocks[where // P] * P + where % P)
         return Batch(kind, sequences, counts, np.array(tokens, np.int32), np.concatenate(positions),
-                     np.concatenate(slots), np.cumsum([0] + counts, dtype=np.int32), np.array(ends, np.int32), block_tables)
+                     np.concatenate(slots), np.cumsum([0] + counts, dtype=np.int32),
+                     np.array(ends, np.int32), block_tables)
 
     def forward(self, batch: Batch) -> np.ndarray:
-        """The transformer, one operation per line: the residual stream x (T, C) after the last layer."""
+        """The transformer, one operation per line: the residual stream x (T, C) after the last
+        layer."""
         cfg, ops, T = self.cfg, self.ops, len(batch.tokens)
-        H, G, D, eps = cfg.num_attention_heads, cfg.num_key_value_heads, cfg.head_dim, cfg.rms_norm_eps
-        x, h, delta, act, gate_up = self.x[:T], self.h[:T], self.delta[:T], self.act[:T], self.gate_up[:T]
-        qkv, o = self.qkv[:T], self.o[:T]
+        H, G, D = cfg.num_attention_heads, cfg.num_key_value_heads, cfg.head_dim
+        eps = cfg.rms_norm_eps
+        x, h, delta, qkv, o = self.x[:T], self.h[:T], self.delta[:T], self.qkv[:T], self.o[:T]
+        gate_up, act = self.gate_up[:T], self.act[:T]
         heads = qkv.reshape(T, H + 2 * G, D)                              # q, then k, then v
         q, qk, k, v = heads[:, :H], heads[:, :H + G], heads[:, H:H + G], heads[:, H + G:]
 
@@ -1119,14 +1222,14 @@ class Engine:
             if l == 0:
                 ops.rmsnorm(h, x, w.norm_attn, eps)
             else:
-                ops.add_rmsnorm(h, x, delta, w.norm_attn, eps)            # x += the MLP of the layer before
-            ops.matmul(qkv, h, w.wqkv)                                    # (T, C) -> (T, (H + 2G) * D)
+                ops.add_rmsnorm(h, x, delta, w.norm_attn, eps)    # x += the MLP of the layer before
+            ops.matmul(qkv, h, w.wqkv)                                 # (T, C) -> (T, (H + 2G) * D)
             ops.rope(qk, self.cos, self.sin, batch.positions)
             ops.write_kv(self.k_cache[l], self.v_cache[l], k, v, batch.slots)
             ops.paged_attention(o.reshape(T, H, D), q, self.k_cache[l], self.v_cache[l],
                                 batch.block_tables, batch.query_starts, batch.seq_lens)
             ops.matmul(delta, o, w.wo)                                    # (T, H * D) -> (T, C)
-            ops.add_rmsnorm(h, x, delta, w.norm_mlp, eps)                 # x += the attention of this layer
+            ops.add_rmsnorm(h, x, delta, w.norm_mlp, eps)         # x += the attention of this layer
             ops.matmul(gate_up, h, w.w_gate_up)                           # (T, C) -> (T, 2F)
             ops.silu_mul(act, gate_up)                                    # (T, 2F) -> (T, F)
             ops.matmul(delta, act, w.w_down)                              # (T, F) -> (T, C)
@@ -1134,7 +1237,8 @@ class Engine:
         return x
 
     def compute_logits(self, x: np.ndarray, rows: np.ndarray) -> np.ndarray:
-        """Logits (B, V) of the tokens in `rows` (B,) of x, at most max_num_seqs: only they are worth the lm_head."""
+        """Logits (B, V) of the tokens in `rows` (B,) of x, at most max_num_seqs: only they are
+        worth the lm_head."""
         B = len(rows)
         last, h, logits = self.last[:B], self.h[:B], self.logits[:B]
         self.ops.embedding(last, rows, x)                                 # a gather of rows of x
@@ -1145,7 +1249,8 @@ class Engine:
     # ---- step: schedule, compute, sample, retire ----
 
     def step(self) -> list[RequestOutput]:
-        """Runs one prefill or decode step and returns the requests that got a token or ended in it."""
+        """Runs one prefill or decode step and returns the requests that got a token or ended in
+        it."""
         batch = self.batch = self.schedule()
         if batch is None:
             return []
@@ -1154,11 +1259,13 @@ class Engine:
             x = self.forward(batch)
             self.score_prompts(batch, x)
             # a chunk that is not its sequence's last has nothing to sample
-            ready = [b for b, seq in enumerate(batch.sequences) if batch.seq_lens[b] == len(seq.token_ids)]
+            ready = [b for b, seq in enumerate(batch.sequences)
+                     if batch.seq_lens[b] == len(seq.token_ids)]
             logits = self.compute_logits(x, batch.query_starts[1:][ready] - 1)
             tokens = [self.sample(batch.sequences[b], row) for b, row in zip(ready, logits)]
         except BaseException as error:
-            # named blocks may be half written, and the sequences of the batch cannot go on; all others can
+            # named blocks may be half written, and the sequences of the batch cannot go on; all
+            # others can
             self.allocator.forget_hashes()
             for seq in batch.sequences:
                 self.finish(seq, "error" if isinstance(error, Exception) else "abort")
@@ -1176,24 +1283,28 @@ class Engine:
         return [request.output() for request in touched]
 
     def sample(self, seq: Sequence, logits: np.ndarray) -> int | None:
-        """The next token of seq from its row of logits (V,), None if they are not finite. Keeps logprobs if asked."""
+        """The next token of seq from its row of logits (V,), None if they are not finite. Keeps
+        logprobs if asked."""
         params, V = seq.params, len(logits)
         if not np.isfinite(logits.max()):          # NaN wins every max
             return None
         raw = logits.copy() if params.logprobs is not None else None
         for token, bias in params.logit_bias.items():
             logits[token] += np.float32(bias)
-        if (params.repetition_penalty, params.presence_penalty, params.frequency_penalty) != (1, 0, 0):
+        if (params.repetition_penalty, params.presence_penalty,
+            params.frequency_penalty) != (1, 0, 0):
             in_prompt = np.zeros(V, bool)
             in_prompt[seq.request.prompt_token_ids] = True
-            kernels.penalize_ref(logits, np.bincount(seq.output_ids, minlength=V), in_prompt, params.repetition_penalty,
+            kernels.penalize_ref(logits, np.bincount(seq.output_ids, minlength=V), in_prompt,
+                                 params.repetition_penalty,
                                  params.presence_penalty, params.frequency_penalty)
         if seq.num_outputs < params.min_tokens:
             logits[list(self.eos_token_ids | set(params.stop_token_ids))] = -np.inf
         if params.greedy:
             token = int(logits.argmax())
         else:
-            token = kernels.sample_ref(logits, params.temperature, params.top_k, params.top_p, params.min_p,
+            token = kernels.sample_ref(logits, params.temperature, params.top_k, params.top_p,
+                                       params.min_p,
                                        seq.seed, len(seq.token_ids))
         if raw is not None:
             entry = self.logprobs_of(raw, token, params.logprobs)
@@ -1205,30 +1316,40 @@ class Engine:
         """The chosen token and the `count` likeliest (-1: all) of one row of raw logits."""
         logprobs = kernels.log_softmax_ref(logits)
         count = len(logits) if count < 0 else count
-        likeliest = np.argpartition(-logits, count - 1)[:count] if 0 < count < len(logits) else np.arange(count)
+        likeliest = np.argpartition(-logits,
+                                    count - 1)[:count] if 0 < count < len(logits) else np.arange(
+                                        count)
         likeliest = likeliest[np.argsort(-logits[likeliest], kind="stable")]
-        ranks = {token: 1 + int((logits > logits[token]).sum())} | {int(t): i + 1 for i, t in enumerate(likeliest)}
-        return {t: Logprob(float(logprobs[t]), rank, self.tokenizer.decode([t], False) if self.tokenizer else None)
+        ranks = {token: 1 + int((logits > logits[token]).sum())} | {int(t): i + 1 for i,
+                                                                    t in enumerate(likeliest)}
+        return {t: Logprob(float(logprobs[t]), rank, self.tokenizer.decode([t], False)
+                           if self.tokenizer else None)
                 for t, rank in ranks.items()}
 
     def score_prompts(self, batch: Batch, x: np.ndarray) -> None:
-        """Appends prompt logprobs of the chunk just computed: position i predicts prompt token i + 1."""
+        """Appends prompt logprobs of the chunk just computed: position i predicts prompt token i +
+        1."""
         for seq, start, count in zip(batch.sequences, batch.query_starts, batch.counts):
-            wanted, scored, ids = seq.params.prompt_logprobs, seq.request.prompt_logprobs, seq.request.prompt_token_ids
+            wanted, scored = seq.params.prompt_logprobs, seq.request.prompt_logprobs
+            ids = seq.request.prompt_token_ids
             if wanted is None or batch.kind == "decode":
                 continue
-            # the other samples of a request, and a preempted sequence, find the beginning scored already
-            first, last = max(seq.num_computed, len(scored) - 1), min(seq.num_computed + count, len(ids) - 1)
+            # the other samples of a request, and a preempted sequence, find the beginning scored
+            # already
+            first, last = max(seq.num_computed,
+                              len(scored) - 1), min(seq.num_computed + count, len(ids) - 1)
             for i in range(first, last, self.max_num_seqs):
                 positions = np.arange(i, min(i + self.max_num_seqs, last), dtype=np.int32)
                 logits = self.compute_logits(x, positions - seq.num_computed + start)
-                scored.extend(self.logprobs_of(row, ids[p + 1], wanted) for p, row in zip(positions, logits))
+                scored.extend(self.logprobs_of(row, ids[p + 1], wanted) for p,
+                              row in zip(positions, logits))
 
     def retire(self, seq: Sequence, token: int | None) -> None:
         """Appends the sampled token to its sequence, and ends the sequence if this was its last."""
         request, params = seq.request, seq.params
         if token is None:
-            self.finish(seq, "error", "the logits are not finite: the weights hold NaN or Inf, or overflow")
+            self.finish(seq, "error", "the logits are not finite: the weights hold NaN or Inf, or "
+                        "overflow")
             return
         seq.token_ids.append(token)
         request.metrics.first_token_time = request.metrics.first_token_time or time.perf_counter()
@@ -1251,14 +1372,16 @@ class Engine:
         if seq.num_outputs < seq.params.min_tokens:
             return
         # a match must end inside the piece, so it begins at most its own length - 1 before
-        found = [(seq.text.find(stop, max(0, before - len(stop) + 1)), stop) for stop in seq.params.stop if piece]
+        found = [(seq.text.find(stop, max(0, before - len(stop) + 1)), stop)
+                 for stop in seq.params.stop if piece]
         found = [(at, stop) for at, stop in found if at >= 0]
         if found:
             at, stop = min(found)
             seq.text = seq.text[:at + len(stop) * seq.params.include_stop_str_in_output]
             self.finish(seq, "stop", stop)
 
-    def finish(self, seq: Sequence, finish_reason: str, stop_reason: int | str | None = None) -> None:
+    def finish(self, seq: Sequence, finish_reason: str,
+               stop_reason: int | str | None = None) -> None:
         """Ends a sequence wherever it stands; its blocks go back."""
         stopped_in_text = finish_reason == "stop" and isinstance(stop_reason, str)
         if seq.detokenizer and not stopped_in_text:
@@ -1274,20 +1397,26 @@ class Engine:
 
     def submit(self, prompts, sampling_params=None) -> list[str]:
         """Queues one prompt or a list of them, all or none, and returns their request ids."""
-        single = isinstance(prompts, (str, dict)) or len(prompts) and isinstance(prompts[0], (int, np.integer))
+        single = isinstance(prompts,
+                            (str, dict)) or len(prompts) and isinstance(prompts[0],
+                                                                        (int, np.integer))
         prompts = [prompts] if single else list(prompts)
-        params = sampling_params if isinstance(sampling_params, (list, tuple)) else [sampling_params] * len(prompts)
+        params = sampling_params if isinstance(sampling_params,
+                                               (list, tuple)) else [sampling_params] * len(prompts)
         if len(params) != len(prompts):
-            raise UserError(f"there are {len(prompts)} prompts and {len(params)} sampling_params, expected as many or one")
+            raise UserError(f"there are {len(prompts)} prompts and {len(params)} sampling_params, "
+                            "expected as many or one")
         first = self.request_counter
-        requests = [self.make_request(f"{first + i}", prompt, p) for i, (prompt, p) in enumerate(zip(prompts, params))]
+        requests = [self.make_request(f"{first + i}", prompt, p) for i,
+                    (prompt, p) in enumerate(zip(prompts, params))]
         self.request_counter += len(requests)
         for request in requests:
             self.enqueue(request)
         return [request.request_id for request in requests]
 
     def run(self, request_ids: list[str]) -> Iterator[RequestOutput]:
-        """Steps until these requests have ended, yielding them as they grow. Left early, it aborts them."""
+        """Steps until these requests have ended, yielding them as they grow. Left early, it aborts
+        them."""
         wanted = set(request_ids)
         try:
             while wanted & self.requests.keys():
@@ -1297,37 +1426,46 @@ class Engine:
                 self.abort_request(request_id)
 
     def stream(self, prompts, sampling_params=None) -> Iterator[RequestOutput]:
-        """Like generate, but yields after each step the requests that grew in it: all their text so far."""
+        """Like generate, but yields after each step the requests that grew in it: all their text so
+        far."""
         yield from self.run(self.submit(prompts, sampling_params))
 
-    def generate(self, prompts, sampling_params: SamplingParams | list[SamplingParams] | None = None, *,
+    def generate(self, prompts,
+                 sampling_params: SamplingParams | list[SamplingParams] | None = None, *,
                  use_tqdm: bool = True) -> list[RequestOutput]:
         """Answers of all prompts, in their order.
 
-        prompts: one or a list; each a str, {"prompt": str}, {"prompt_token_ids": [...]} or a list of ids.
+        prompts: one or a list; each a str, {"prompt": str}, {"prompt_token_ids": [...]} or a list
+        of ids.
         sampling_params: one for all, or one each; None takes get_default_sampling_params().
         """
         request_ids = self.submit(prompts, sampling_params)
         finished = {}
-        with tqdm(total=len(request_ids), desc="answers", unit="", delay=1, leave=False, disable=not use_tqdm) as bar:
+        with tqdm(total=len(request_ids), desc="answers", unit="", delay=1, leave=False,
+                  disable=not use_tqdm) as bar:
             for output in self.run(request_ids):
                 if output.finished:
                     finished[output.request_id] = output
                     bar.update()
         return [finished[request_id] for request_id in request_ids]
 
-    def chat(self, messages: list[dict] | list[list[dict]], sampling_params=None, *, use_tqdm: bool = True,
-             add_generation_prompt: bool = True, continue_final_message: bool = False) -> list[RequestOutput]:
-        """Answers of one conversation or a list of them: [{"role": "user", "content": "..."}, ...]."""
+    def chat(self, messages: list[dict] | list[list[dict]], sampling_params=None, *,
+             use_tqdm: bool = True,
+             add_generation_prompt: bool = True,
+             continue_final_message: bool = False) -> list[RequestOutput]:
+        """Answers of one conversation or a list of them: [{"role": "user", "content": "..."},
+        ...]."""
         conversations = messages if messages and isinstance(messages[0], list) else [messages]
-        prompts = [self.chat_prompt(c, add_generation_prompt, continue_final_message) for c in conversations]
+        prompts = [self.chat_prompt(c, add_generation_prompt, continue_final_message)
+                   for c in conversations]
         return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
 
     def chat_prompt(self, messages: list[dict], add_generation_prompt: bool = True,
                     continue_final_message: bool = False) -> dict:
         """The prompt that a conversation becomes: its rendered text and its token ids."""
         if not self.tokenizer:
-            raise UserError("chat needs a tokenizer, and the checkpoint has no tokenizer.json: pass prompt_token_ids")
+            raise UserError("chat needs a tokenizer, and the checkpoint has no tokenizer.json: "
+                            "pass prompt_token_ids")
         text = self.tokenizer.render_chat(messages, add_generation_prompt, continue_final_message)
         return {"prompt": text, "prompt_token_ids": self.tokenizer.encode_chat(text)}
 
@@ -1335,7 +1473,8 @@ class Engine:
         return self.tokenizer
 
     def get_default_sampling_params(self) -> SamplingParams:
-        """What generation_config.json recommends; greedy where it does not ask for sampling, as in transformers."""
+        """What generation_config.json recommends; greedy where it does not ask for sampling, as in
+        transformers."""
         return SamplingParams(**recommended_sampling(self.generation_config))
 
 
@@ -1344,10 +1483,17 @@ LLM = Engine                                       # the name that vLLM's users 
 
 def recommended_sampling(generation_config: dict) -> dict:
     names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
-    recommended = {name: generation_config[name] for name in names if generation_config.get(name) is not None}
+    recommended = {name: generation_config[name] for name in names
+                   if generation_config.get(name) is not None}
     if not generation_config.get("do_sample"):
         recommended["temperature"] = 0.0
     return recommended
+
+
+def check_positive(**options) -> None:
+    for name, value in options.items():
+        if value is not None and (not isinstance(value, int) or value < 1):
+            raise UserError(f"{name} is {value!r}, expected a positive integer")
 
 
 def pick_device(device: str | None) -> str:
@@ -1361,6 +1507,11 @@ def load_tokenizer(directory: Path) -> Tokenizer | None:
     return Tokenizer(directory) if (directory / "tokenizer.json").exists() else None
 
 
+def is_token_id(token, vocab_size: int) -> bool:
+    return isinstance(token, (int, np.integer)) and not isinstance(token, bool) \
+        and 0 <= token < vocab_size
+
+
 def format_bytes(count: int) -> str:
     return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
 
@@ -1368,56 +1519,74 @@ def format_bytes(count: int) -> str:
 # -----------------------------------------------------------------------------
 # 8. Command line
 #
-# Text goes to stdout and everything else to stderr. Exit codes: 0 success, 1 bad input or failure, 2 usage,
-# 130 interrupted.
+# Text goes to stdout and everything else to stderr. Exit codes: 0 success, 1 bad input or failure,
+# 2 usage, 130 interrupted.
 
 DEFAULT_MAX_TOKENS = 512
-SAMPLING_FLAGS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed", "stop", "max_tokens")
+SAMPLING_FLAGS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed", "stop",
+                  "max_tokens")
 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="tinyvllm.py", description="An LLM inference engine in two flat files.",
-        epilog="example: python tinyvllm.py --model meta-llama/Llama-3.2-1B-Instruct --prompt 'Why is the sky blue?'")
+        epilog="example: python tinyvllm.py --model meta-llama/Llama-3.2-1B-Instruct --prompt 'Why "
+        "is the sky blue?'")
     add = parser.add_argument
-    add("--model", default=DEMO, help="checkpoint directory or hub id (default: the demo model in demo/)")
-    add("--prompt", "-p", action="append", default=[], help="repeat it to answer several prompts as one batch")
-    add("--file", "-f", action="append", default=[], help="read a prompt from a file, - is standard input")
+    add("--model", default=DEMO, help="checkpoint directory or hub id (default: the demo model in "
+        "demo/)")
+    add("--prompt", "-p", action="append", default=[],
+        help="repeat it to answer several prompts as one batch")
+    add("--file", "-f", action="append", default=[],
+        help="read a prompt from a file, - is standard input")
     add("--chat", action="store_true", help="talk: /? lists the commands, /bye ends")
-    add("--raw", action="store_true", help="continue the prompt as it is, without the chat template")
+    add("--raw", action="store_true",
+        help="continue the prompt as it is, without the chat template")
     add("--system-prompt", "-sys", help="what the model is told before the conversation")
-    add("--max-tokens", "-n", type=int, help=f"longest answer in tokens (default: {DEFAULT_MAX_TOKENS})")
-    add("--temperature", "--temp", type=float, help="0 is greedy (default: what the checkpoint recommends)")
+    add("--max-tokens", "-n", type=int, help="longest answer in tokens (default: "
+        f"{DEFAULT_MAX_TOKENS})")
+    add("--temperature", "--temp", type=float, help="0 is greedy (default: what the checkpoint "
+        "recommends)")
     add("--top-k", type=int, help="sample from the k likeliest tokens, 0: all")
-    add("--top-p", type=float, help="sample from the likeliest tokens that reach probability p together")
-    add("--min-p", type=float, help="sample from tokens at least p times as likely as the likeliest")
-    add("--repetition-penalty", type=float, help="above 1 makes tokens that occurred already less likely")
+    add("--top-p", type=float, help="sample from the likeliest tokens that reach probability p "
+        "together")
+    add("--min-p", type=float,
+        help="sample from tokens at least p times as likely as the likeliest")
+    add("--repetition-penalty", type=float, help="above 1 makes tokens that occurred already less "
+        "likely")
     add("--seed", type=int, help="the same seed gives the same answer")
     add("--stop", action="append", help="end the answer before this text; repeatable")
     add("--max-model-len", type=int, help="longest context in tokens, prompt and answer together")
-    add("--max-num-seqs", type=int, default=128, help="requests in one batch (default: %(default)s)")
-    add("--max-num-batched-tokens", type=int, default=2048, help="tokens in one prefill step (default: %(default)s)")
+    add("--max-num-seqs", type=int, default=128,
+        help="requests in one batch (default: %(default)s)")
+    add("--max-num-batched-tokens", type=int, default=2048,
+        help="tokens in one prefill step (default: %(default)s)")
     add("--block-size", type=int, default=16, help="tokens per KV block (default: %(default)s)")
     add("--kv-cache-memory-bytes", type=int, help="size of the KV cache")
-    add("--enable-prefix-caching", action=argparse.BooleanOptionalAction, default=True, help="reuse blocks of equal beginnings")
-    add("--static-batching", action="store_true", help="nobody joins a batch until all of it has ended")
+    add("--enable-prefix-caching", action=argparse.BooleanOptionalAction, default=True,
+        help="reuse blocks of equal beginnings")
+    add("--static-batching", action="store_true",
+        help="nobody joins a batch until all of it has ended")
     add("--device", choices=("cuda", "cpu", "sim"), help="default: the best there is")
     add("--verbose-prompt", action="store_true", help="show the prompt and its token ids")
-    add("--stats", action=argparse.BooleanOptionalAction, default=True, help="speed and memory on stderr")
+    add("--stats", action=argparse.BooleanOptionalAction, default=True,
+        help="speed and memory on stderr")
     return parser
 
 
 def main(argv: list[str] | None = None) -> int:
-    for stream in (sys.stdout, sys.stderr):        # a terminal without UTF-8 shows ? instead of failing
+    for stream in (sys.stdout, sys.stderr):    # a terminal without UTF-8 shows ? instead of failing
         stream.reconfigure(errors="replace")
     parser = build_parser()
     args = parser.parse_args(argv)
     if not (args.prompt or args.file or args.chat):
         parser.error('nothing to do: give --prompt "...", --file FILE, or --chat')
     if args.chat and (args.prompt or args.file or args.raw):
-        parser.error("--chat reads its prompts from the terminal: leave out --prompt, --file and --raw")
+        parser.error("--chat reads its prompts from the terminal: leave out --prompt, --file and "
+                     "--raw")
     if args.raw and args.system_prompt:
-        parser.error("--raw uses no chat template, so a --system-prompt has no place: put it into the prompt")
+        parser.error("--raw uses no chat template, so a --system-prompt has no place: put it into "
+                     "the prompt")
     try:
         status = run_command(args)
         sys.stdout.flush()
@@ -1438,20 +1607,25 @@ def note(line: str) -> None:
 
 
 def run_command(args: argparse.Namespace) -> int:
-    prompts = [readable(prompt) for prompt in args.prompt] + [read_prompt_file(name) for name in args.file]
-    engine = Engine(args.model, device=args.device, max_model_len=args.max_model_len, max_num_seqs=args.max_num_seqs,
+    prompts = [readable(prompt) for prompt in args.prompt] + [read_prompt_file(name)
+                                                              for name in args.file]
+    engine = Engine(args.model, device=args.device, max_model_len=args.max_model_len,
+                    max_num_seqs=args.max_num_seqs,
                     max_num_batched_tokens=args.max_num_batched_tokens, block_size=args.block_size,
-                    enable_prefix_caching=args.enable_prefix_caching, static_batching=args.static_batching,
+                    enable_prefix_caching=args.enable_prefix_caching,
+                    static_batching=args.static_batching,
                     kv_cache_memory_bytes=args.kv_cache_memory_bytes)
     params, sources = sampling_from_flags(args, engine)
     if args.stats:
         note(engine.describe())
-        note("sampling: " + ", ".join(f"{name} {getattr(params, name)} ({source})" for name, source in sources.items()))
+        note("sampling: " + ", ".join(f"{name} {getattr(params, name)} ({source})" for name,
+                                      source in sources.items()))
     if args.chat:
         return chat_loop(engine, params, args)
     system = [{"role": "system", "content": args.system_prompt}] if args.system_prompt else []
     if not args.raw:
-        prompts = [engine.chat_prompt(system + [{"role": "user", "content": prompt}]) for prompt in prompts]
+        prompts = [engine.chat_prompt(system + [{"role": "user", "content": prompt}])
+                   for prompt in prompts]
     if args.verbose_prompt:
         for prompt in prompts:
             note(repr(engine.read_prompt(prompt)))
@@ -1477,10 +1651,12 @@ def read_prompt_file(name: str) -> str:
     return text.removesuffix("\n")
 
 
-def sampling_from_flags(args: argparse.Namespace, engine: Engine) -> tuple[SamplingParams, dict[str, str]]:
+def sampling_from_flags(args: argparse.Namespace,
+                        engine: Engine) -> tuple[SamplingParams, dict[str, str]]:
     """The effective sampling, and where each value that matters came from."""
     values = {"max_tokens": DEFAULT_MAX_TOKENS} | recommended_sampling(engine.generation_config)
-    sources = {name: "default" if name == "max_tokens" else "generation_config.json" for name in values}
+    sources = {name: "default" if name == "max_tokens" else "generation_config.json"
+               for name in values}
     for name in SAMPLING_FLAGS:
         if getattr(args, name) is not None:
             values[name], sources[name] = getattr(args, name), "--" + name.replace("_", "-")
@@ -1488,7 +1664,8 @@ def sampling_from_flags(args: argparse.Namespace, engine: Engine) -> tuple[Sampl
 
 
 def answer(engine: Engine, prompts: list, params: SamplingParams, args: argparse.Namespace) -> int:
-    """Answers all prompts as one batch: a single one is streamed, several are printed in order when ready."""
+    """Answers all prompts as one batch: a single one is streamed, several are printed in order when
+    ready."""
     request_ids = engine.submit(prompts, params)
     latest: dict[str, RequestOutput] = {}
     queue = deque(request_ids)                     # whose text is not all printed yet
@@ -1518,7 +1695,8 @@ def answer(engine: Engine, prompts: list, params: SamplingParams, args: argparse
     outputs = [latest[request_id] for request_id in request_ids]
     if args.stats:
         note(statistics(engine, outputs))
-    failed = [output.outputs[0].stop_reason for output in outputs if output.outputs[0].finish_reason == "error"]
+    failed = [output.outputs[0].stop_reason for output in outputs
+              if output.outputs[0].finish_reason == "error"]
     for reason in failed:
         note(f"error: {reason}")
     return 1 if failed else 0
@@ -1542,7 +1720,8 @@ def statistics(engine: Engine, outputs: list[RequestOutput]) -> str:
 
 
 CHAT_HELP = """/set system TEXT            what the model is told before the conversation
-/set parameter NAME VALUE   temperature, top_k, top_p, min_p, repetition_penalty, seed, max_tokens, stop
+/set parameter NAME VALUE   temperature, top_k, top_p, min_p, repetition_penalty, seed,
+                            max_tokens, stop
 /show                       the model, the sampling and the length of the conversation
 /clear or /reset            forget the conversation
 /bye, /exit or /quit        leave (Ctrl-D does, too); Ctrl-C stops an answer
@@ -1550,9 +1729,10 @@ CHAT_HELP = """/set system TEXT            what the model is told before the con
 
 
 def chat_loop(engine: Engine, params: SamplingParams, args: argparse.Namespace) -> int:
-    """ollama's manners: one line is one message, slash commands, Ctrl-C stops the answer, Ctrl-D leaves."""
+    """ollama's manners: one line is one message, slash commands, Ctrl-C stops the answer, Ctrl-D
+    leaves."""
     if importlib.util.find_spec("readline"):
-        import readline                            # noqa: F401  importing it gives input() history and editing
+        import readline                 # noqa: F401  importing it gives input() history and editing
     system, history = args.system_prompt, []
     while True:
         try:
@@ -1571,7 +1751,8 @@ def chat_loop(engine: Engine, params: SamplingParams, args: argparse.Namespace) 
             elif words[0] in ("/?", "/help"):
                 note(CHAT_HELP)
             elif words[0] == "/show":
-                note(f"{engine.describe()}\n{params}\nsystem: {system!r}, {len(history)} messages so far")
+                note(f"{engine.describe()}\n{params}\nsystem: {system!r}, {len(history)} messages "
+                     "so far")
             elif words[:2] == ["/set", "system"]:
                 system = words[2] if len(words) > 2 else None
             elif words[:2] == ["/set", "parameter"] and len(words) > 2:
@@ -1605,16 +1786,19 @@ def read_message() -> str | None:
 def changed_params(params: SamplingParams, name: str, value: str) -> SamplingParams:
     """A copy with one field set from text; UserError leaves the old one in force."""
     if name not in SAMPLING_FLAGS:
-        raise UserError(f"there is no parameter {name}, expected one of {', '.join(SAMPLING_FLAGS)}")
+        raise UserError(
+            f"there is no parameter {name}, expected one of {', '.join(SAMPLING_FLAGS)}")
     kind = {"top_k": int, "seed": int, "max_tokens": int, "stop": str}.get(name, float)
     try:
         values = {f.name: getattr(params, f.name) for f in fields(params)} | {name: kind(value)}
     except ValueError:
-        raise UserError(f"{name} is {value!r}, expected {'an integer' if kind is int else 'a number'}") from None
+        raise UserError(f"{name} is {value!r}, expected "
+                        f"{'an integer' if kind is int else 'a number'}") from None
     return SamplingParams(**values)
 
 
-def chat_answer(engine: Engine, messages: list[dict], params: SamplingParams, args: argparse.Namespace) -> str:
+def chat_answer(engine: Engine, messages: list[dict], params: SamplingParams,
+                args: argparse.Namespace) -> str:
     """Streams one answer and returns it, as far as it came if Ctrl-C stopped it."""
     prompt = engine.chat_prompt(messages)
     if args.verbose_prompt:

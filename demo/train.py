@@ -1,7 +1,8 @@
 """Trains the embedded demo model: a Llama of 4.7 million parameters that knows the subjects of the course.
 
-    python demo/train.py              # needs torch, transformers and a GPU; a few minutes; writes beside itself
-    python demo/train.py --validate   # holds back two wordings of every question and scores them; writes nothing
+    python demo/train.py  # needs torch, transformers and a GPU; a few minutes; writes beside itself
+    # holds back two wordings of every question and scores them; writes nothing
+    python demo/train.py --validate
 
 corpus.jsonl has one object a line: several wordings of one question, the answer, and follow-up questions.
 Each step draws fresh conversations from it, with the wordings roughened (case, typing errors, missing
@@ -24,7 +25,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 HERE = Path(__file__).resolve().parent
 BOS, END, START_HEADER, END_HEADER, EOT = SPECIAL_TOKENS = [
-    "<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
+    "<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>",
+    "<|eot_id|>"]
 VOCAB_SIZE, MAX_TOKENS = 3072, 512
 WORD = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
@@ -36,33 +38,49 @@ CHAT_TEMPLATE = """{{- bos_token }}
 {{- '<|start_header_id|>assistant<|end_header_id|>\n\n' }}
 {%- endif %}
 """
-SYSTEM_PROMPTS = ["You are a helpful assistant.", "You are a teacher of LLM inference.", "Answer briefly.",
-                  "You are tinyvllm's demo model. Answer questions about the course.", "Be concise and precise."]
-OPENINGS = ["Hi, ", "Hello! ", "Please tell me: ", "Quick question: ", "I have a question. ", "Hey, ", "ok, ", "Now, ",
-            "I am new to this. ", "Sorry if this is basic: ", "So ", "For my notes: ", "One more thing: "]
-CLOSINGS = [" Thanks!", " Please explain.", " Please.", " In short.", " I am curious.", " please", " thanks",
+SYSTEM_PROMPTS = ["You are a helpful assistant.", "You are a teacher of LLM inference.",
+                  "Answer briefly.",
+                  "You are tinyvllm's demo model. Answer questions about the course.",
+                  "Be concise and precise."]
+OPENINGS = ["Hi, ", "Hello! ", "Please tell me: ", "Quick question: ", "I have a question. ",
+            "Hey, ", "ok, ", "Now, ",
+            "I am new to this. ", "Sorry if this is basic: ", "So ", "For my notes: ",
+            "One more thing: "]
+CLOSINGS = [" Thanks!", " Please explain.", " Please.", " In short.", " I am curious.", " please",
+            " thanks",
             " Explain it simply.", " I don't get it."]
-SWAPS = [("What is", "What's"), ("What is", "what exactly is"), ("What is", "Tell me what is"), ("Why does", "How come"),
-         ("Explain", "Describe"), ("Describe", "Explain"), ("Explain", "Tell me about"), ("How does", "In which way does"),
-         ("KV cache", "key-value cache"), ("kv cache", "cache of keys and values"), ("LLM", "language model"),
-         ("GPU", "graphics card"), ("tokens", "words"), ("use", "need"), ("model", "network"), ("do I", "can I"),
-         ("How do I", "What is the way to"), ("How can I", "how to"), ("What does", "Can you say what"), ("mean", "stand for"),
-         ("Why is", "What is the reason that"), ("difference between", "comparison of"), ("kernel", "GPU kernel")]
+SWAPS = [("What is", "What's"), ("What is", "what exactly is"), ("What is", "Tell me what is"),
+         ("Why does", "How come"),
+         ("Explain", "Describe"), ("Describe", "Explain"), ("Explain", "Tell me about"),
+         ("How does", "In which way does"),
+         ("KV cache", "key-value cache"), ("kv cache", "cache of keys and values"),
+         ("LLM", "language model"),
+         ("GPU", "graphics card"), ("tokens", "words"), ("use", "need"), ("model", "network"),
+         ("do I", "can I"),
+         ("How do I", "What is the way to"), ("How can I", "how to"),
+         ("What does", "Can you say what"), ("mean", "stand for"),
+         ("Why is", "What is the reason that"), ("difference between", "comparison of"),
+         ("kernel", "GPU kernel")]
 
 
 def train_tokenizer(entries: list[dict]) -> tokenizers.Tokenizer:
     """Byte-level BPE over the corpus, with the special tokens and the splitting rule of Llama 3."""
     tokenizer = tokenizers.Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(Regex(WORD), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+        pre_tokenizers.Split(Regex(WORD), "isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     tokenizer.decoder = decoders.ByteLevel()
-    texts = [text for entry in entries for part in [entry] + entry["followups"] for text in part["questions"] + [part["answer"]]]
-    texts += [text.lower() for text in texts] + SYSTEM_PROMPTS + OPENINGS + CLOSINGS + ["system", "user", "assistant"] * 50
-    trainer = trainers.BpeTrainer(vocab_size=VOCAB_SIZE, special_tokens=SPECIAL_TOKENS, show_progress=False,
+    texts = [text for entry in entries for part in [entry] + entry["followups"]
+             for text in part["questions"] + [part["answer"]]]
+    texts += [text.lower() for text in texts] + SYSTEM_PROMPTS + OPENINGS + CLOSINGS + [
+        "system", "user", "assistant"] * 50
+    trainer = trainers.BpeTrainer(vocab_size=VOCAB_SIZE, special_tokens=SPECIAL_TOKENS,
+                                  show_progress=False,
                                   initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
     tokenizer.train_from_iterator(texts, trainer)
     tokenizer.post_processor = processors.TemplateProcessing(
-        single=f"{BOS} $A", pair=f"{BOS} $A {BOS}:1 $B:1", special_tokens=[(BOS, tokenizer.token_to_id(BOS))])
+        single=f"{BOS} $A", pair=f"{BOS} $A {BOS}:1 $B:1",
+        special_tokens=[(BOS, tokenizer.token_to_id(BOS))])
     return tokenizer
 
 
@@ -101,7 +119,8 @@ def mistype(word: str, rng: random.Random) -> str:
 
 
 class Conversations(torch.utils.data.IterableDataset):
-    """Endless training sequences: (token ids, targets), targets -100 where nothing is to be learned."""
+    """Endless training sequences: (token ids, targets), targets -100 where nothing is to be
+    learned."""
 
     def __init__(self, entries, tokenizer, strength, question_weight):
         self.entries, self.tokenizer, self.strength, self.question_weight = entries, tokenizer, strength, question_weight
@@ -120,7 +139,8 @@ class Conversations(torch.utils.data.IterableDataset):
 
     def ask(self, entry, rng):
         if rng.random() < 0.15 * self.strength and len(entry["questions"]) > 5:
-            # a pile of words out of two wordings: the subject shows in the words, whatever their order
+            # a pile of words out of two wordings: the subject shows in the words, whatever their
+            # order
             words = " ".join(rng.sample(entry["questions"], 2)).split(" ")
             return " ".join(rng.sample(words, min(len(words), rng.randint(4, 9))))
         return roughen(rng.choice(entry["questions"]), rng, self.strength)
@@ -155,7 +175,8 @@ class Conversations(torch.utils.data.IterableDataset):
 
 
 def batches(data: Conversations, tokens_per_batch: int):
-    """Endless (ids, targets), sequences of like length together so that little of a batch is padding."""
+    """Endless (ids, targets), sequences of like length together so that little of a batch is
+    padding."""
     def collate(samples):
         samples.sort(key=lambda sample: len(sample[0]))
         groups = [[]]
@@ -167,7 +188,8 @@ def batches(data: Conversations, tokens_per_batch: int):
         return [pad(group) for group in groups]
 
     workers = max(2, min(12, (os.cpu_count() or 2) - 2))
-    loader = torch.utils.data.DataLoader(data, 1024, collate_fn=collate, num_workers=workers, prefetch_factor=2)
+    loader = torch.utils.data.DataLoader(data, 1024, collate_fn=collate, num_workers=workers,
+                                         prefetch_factor=2)
     return (batch for group in loader for batch in group)
 
 
@@ -182,9 +204,12 @@ def pad(samples):
 
 def new_model(tokenizer) -> LlamaForCausalLM:
     return LlamaForCausalLM(LlamaConfig(
-        vocab_size=VOCAB_SIZE, hidden_size=256, intermediate_size=768, num_hidden_layers=5, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=64, tie_word_embeddings=True, rms_norm_eps=1e-5, max_position_embeddings=2048,
-        rope_parameters={"rope_type": "llama3", "rope_theta": 10000.0, "factor": 4.0, "low_freq_factor": 1.0,
+        vocab_size=VOCAB_SIZE, hidden_size=256, intermediate_size=768, num_hidden_layers=5,
+        num_attention_heads=4,
+        num_key_value_heads=2, head_dim=64, tie_word_embeddings=True, rms_norm_eps=1e-5,
+        max_position_embeddings=2048,
+        rope_parameters={"rope_type": "llama3", "rope_theta": 10000.0, "factor": 4.0,
+                         "low_freq_factor": 1.0,
                          "high_freq_factor": 4.0, "original_max_position_embeddings": MAX_TOKENS},
         bos_token_id=tokenizer.token_to_id(BOS), eos_token_id=tokenizer.token_to_id(EOT)))
 
@@ -194,7 +219,8 @@ def train(model, data, args, device):
     decayed = [p for p in model.parameters() if p.dim() == 2]
     others = [p for p in model.parameters() if p.dim() != 2]
     optimizer = torch.optim.AdamW([{"params": decayed, "weight_decay": args.weight_decay},
-                                   {"params": others, "weight_decay": 0.0}], lr=args.rate, betas=(0.9, 0.98),
+                                   {"params": others, "weight_decay": 0.0}], lr=args.rate,
+                                  betas=(0.9, 0.98),
                                   fused=device == "cuda")
     model.to(device).train()
     started = time.monotonic()
@@ -203,10 +229,13 @@ def train(model, data, args, device):
         if progress >= 1:
             break
         for group in optimizer.param_groups:
-            group["lr"] = args.rate * min(1, progress / 0.02 + 0.01) * 0.5 * (1 + math.cos(math.pi * progress))
+            group["lr"] = args.rate * min(1, progress / 0.02
+                                          + 0.01) * 0.5 * (1 + math.cos(math.pi * progress))
         ids, targets = ids.to(device), targets.to(device)
-        replaced = (torch.rand(ids.shape, device=device) < args.noise) & (targets == -100) & (ids >= len(SPECIAL_TOKENS))
-        inputs = torch.where(replaced, torch.randint_like(ids, len(SPECIAL_TOKENS), VOCAB_SIZE), ids)
+        replaced = (torch.rand(ids.shape, device=device) < args.noise) & (targets == -100) & (
+            ids >= len(SPECIAL_TOKENS))
+        inputs = torch.where(replaced, torch.randint_like(ids, len(SPECIAL_TOKENS), VOCAB_SIZE),
+                             ids)
         with torch.autocast(device, torch.bfloat16):
             hidden = model.model(inputs).last_hidden_state[:, :-1]
             learned = targets[:, 1:] != -100
@@ -217,22 +246,28 @@ def train(model, data, args, device):
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         if step % 500 == 0:
-            print(f"step {step}, {time.monotonic() - started:.0f} s: loss {loss.item():.4f}", flush=True)
+            print(f"step {step}, {time.monotonic() - started:.0f} s: loss {loss.item():.4f}",
+                  flush=True)
 
 
 @torch.no_grad()
 def score(model, tokenizer, questions, device) -> float:
-    """Share of (question, keywords) whose greedy answer has every keyword; alternatives are written a|b."""
+    """Share of (question, keywords) whose greedy answer has every keyword; alternatives are written
+    a|b."""
     model.eval()
     eot, right = tokenizer.token_to_id(EOT), 0
     for start in range(0, len(questions), 128):
         part = questions[start:start + 128]
-        prompts = [tokenizer.encode(f"{BOS}{START_HEADER}user{END_HEADER}\n\n{question}{EOT}{START_HEADER}assistant"
-                                    f"{END_HEADER}\n\n", add_special_tokens=False).ids for question, _ in part]
+        prompts = [tokenizer.encode(
+            f"{BOS}{START_HEADER}user{END_HEADER}\n\n{question}{EOT}{START_HEADER}assistant"
+                                    f"{END_HEADER}\n\n", add_special_tokens=False).ids
+                   for question, _ in part]
         longest = max(map(len, prompts))
         ids = torch.tensor([[eot] * (longest - len(p)) + p for p in prompts], device=device)
-        mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=device)
-        output = model.generate(ids, attention_mask=mask, max_new_tokens=120, do_sample=False, eos_token_id=eot, pad_token_id=eot)
+        mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts],
+                            device=device)
+        output = model.generate(ids, attention_mask=mask, max_new_tokens=120, do_sample=False,
+                                eos_token_id=eot, pad_token_id=eot)
         answers = [tokenizer.decode(row.tolist()) for row in output[:, longest:]]
         right += sum(has_keywords(answer, keywords) for answer, (_, keywords) in zip(answers, part))
     return right / len(questions)
@@ -244,25 +279,33 @@ def has_keywords(answer: str, keywords: list[str]) -> bool:
 
 def write_checkpoint(model, tokenizer, directory) -> None:
     """Hugging Face's own format: transformers loads the directory as it is."""
-    model.generation_config.update(eos_token_id=[tokenizer.token_to_id(EOT), tokenizer.token_to_id(END)], do_sample=False)
+    model.generation_config.update(eos_token_id=[tokenizer.token_to_id(EOT),
+                                                 tokenizer.token_to_id(END)], do_sample=False)
     model.to(torch.bfloat16).save_pretrained(directory)
     tokenizer.save(str(directory / "tokenizer.json"))
     (directory / "tokenizer_config.json").write_text(json.dumps({
-        "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": BOS, "eos_token": EOT, "clean_up_tokenization_spaces": False,
-        "model_max_length": model.config.max_position_embeddings, "chat_template": CHAT_TEMPLATE}, indent=2) + "\n")
+        "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": BOS, "eos_token": EOT,
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": model.config.max_position_embeddings, "chat_template": CHAT_TEMPLATE},
+                                                                indent=2) + "\n")
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--validate", action="store_true", help="hold back two wordings of every question and score them")
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--validate", action="store_true",
+                        help="hold back two wordings of every question and score them")
     parser.add_argument("--output", type=Path, default=HERE, help="directory of the checkpoint")
     parser.add_argument("--minutes", type=float, default=4.6)
     parser.add_argument("--batch-tokens", type=int, default=32768)
     parser.add_argument("--rate", type=float, default=2e-3)
     parser.add_argument("--weight-decay", type=float, default=0.1)
-    parser.add_argument("--strength", type=float, default=1.0, help="how much the wordings are roughened")
-    parser.add_argument("--noise", type=float, default=0.05, help="share of the question's tokens replaced at random")
-    parser.add_argument("--question-weight", type=float, default=0.1, help="share of questions that are learned themselves")
+    parser.add_argument("--strength", type=float, default=1.0,
+                        help="how much the wordings are roughened")
+    parser.add_argument("--noise", type=float, default=0.05,
+                        help="share of the question's tokens replaced at random")
+    parser.add_argument("--question-weight", type=float, default=0.1,
+                        help="share of questions that are learned themselves")
     args = parser.parse_args()
     torch.manual_seed(0)
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -274,13 +317,15 @@ def main():
             held_back += [(entry["questions"].pop(i), entry["keywords"]) for i in (-1, 3)]
     tokenizer = train_tokenizer(entries)
     model = new_model(tokenizer)
-    print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {len(entries)} entries")
+    print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {len(entries)} "
+          f"entries")
     data = Conversations(entries, tokenizer, args.strength, args.question_weight)
     train(model, data, args, device)
     if args.validate:
         for i, kind in enumerate(("short of the second round", "of the first")):
             part = held_back[i::2]
-            print(f"validation, wordings {kind}: {score(model, tokenizer, part, device):.3f} of {len(part)}")
+            print(f"validation, wordings {kind}: {score(model, tokenizer, part, device):.3f} of "
+                  f"{len(part)}")
     write_checkpoint(model, tokenizer, args.output)
 
 
