@@ -503,10 +503,18 @@ class Detokenizer:
 
     def __init__(self, tokenizer: Tokenizer, prompt_ids: list[int], skip_special_tokens: bool):
         self.tokenizer, self.skip_special_tokens = tokenizer, skip_special_tokens
-        self.ids = prompt_ids[-PROMPT_TAIL:]
+        self.ids = self.prompt_tail(prompt_ids)
         self.start, self.done = 0, len(self.ids)
         # a prompt may end inside a character: its bytes then belong to the first piece
         self.emitted = len(self.decode(self.ids).rstrip(REPLACEMENT))
+
+    def prompt_tail(self, ids: list[int]) -> list[int]:
+        """The last tokens of the prompt, from a character boundary on: at most 3 bytes further back."""
+        for length in range(PROMPT_TAIL, PROMPT_TAIL + 4):
+            tail = ids[-length:]
+            if not self.decode(tail).startswith(REPLACEMENT):
+                break
+        return tail
 
     def decode(self, ids: list[int]) -> str:
         return self.tokenizer.decode(ids, self.skip_special_tokens)
