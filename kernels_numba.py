@@ -20,7 +20,7 @@ from types import SimpleNamespace
 import numpy as np
 
 # -----------------------------------------------------------------------------
-# 1. Gather and elementwise: embedding, SwiGLU                        (lesson 4)
+# 1. Gather and elementwise: embedding, SwiGLU                        (lesson 7)
 #
 # Neither does arithmetic worth naming; both are pure data movement, which is why later lessons fold
 # them into their neighbours.
@@ -93,7 +93,7 @@ def matmul_ref(out, x, weight):
 
 
 # -----------------------------------------------------------------------------
-# 4. RoPE, and writing K and V into their blocks           (lessons 6 and 12)
+# 4. RoPE, and writing K and V into their blocks           (lessons 6 and 11)
 
 
 def rope_inv_freq(head_dim, theta, scaling):
@@ -149,7 +149,7 @@ def write_kv_ref(k_cache, v_cache, k, v, slots):
 
 
 # -----------------------------------------------------------------------------
-# 5. Attention over the paged cache                   (lessons 10, 11 and 13)
+# 5. Attention over the paged cache                       (lessons 10 and 12)
 
 QUERY_TILE = 256     # queries whose scores are held at once: bounds memory at (H, 256, S)
 
@@ -195,7 +195,7 @@ def _attend(q, k, v):
 
 
 # -----------------------------------------------------------------------------
-# 6. Sampling                                                        (lesson 16)
+# 6. Sampling                                                        (lesson 15)
 #
 # A row of logits goes through Hugging Face's order: bias, penalties, temperature, top-k, top-p,
 # min-p, and the draw. The draw is Gumbel-max: argmax(logit + noise) picks token i with probability

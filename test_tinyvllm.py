@@ -149,7 +149,7 @@ def float32_bound(cfg, logits):
 
 
 # -----------------------------------------------------------------------------
-# Parity with Hugging Face transformers                               (lesson 2)
+# Parity with Hugging Face transformers                               (lesson 1)
 
 
 def hf_model(directory):
@@ -247,7 +247,7 @@ def test_the_parity_test_catches(name, mutation, checkpoints, golden):
 
 
 # -----------------------------------------------------------------------------
-# The answer does not depend on the company                  (lessons 14 and 15)
+# The answer does not depend on the company                  (lessons 13 and 14)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -316,7 +316,7 @@ def test_n_samples_share_the_prompt_and_differ(checkpoints):
 
 
 # -----------------------------------------------------------------------------
-# Twins                                                      (lessons 4 to 13)
+# Twins                                                      (lessons 2 to 12)
 
 
 def test_bfloat16_is_the_upper_half_of_float32():
@@ -375,7 +375,7 @@ def test_paged_attention_equals_the_textbook_formula(H, G):
 
 
 # -----------------------------------------------------------------------------
-# Sampling                                                           (lesson 16)
+# Sampling                                                           (lesson 15)
 
 
 def draws(logits, count=20000, **options):
@@ -548,7 +548,7 @@ def test_greedy_ignores_the_other_filters():
 
 
 # -----------------------------------------------------------------------------
-# BlockAllocator and the scheduler                           (lessons 12 to 15)
+# BlockAllocator and the scheduler                           (lessons 11 to 14)
 
 
 def test_blocks_are_never_lost_shared_wrongly_or_freed_twice():
@@ -1079,7 +1079,7 @@ def test_an_engine_without_a_tokenizer_works_on_ids_alone(checkpoints):
 
 
 # -----------------------------------------------------------------------------
-# Text in and out                                                     (lesson 1)
+# Text in and out                                                     (lesson 0)
 
 
 @pytest.fixture(scope="session")

@@ -4,11 +4,11 @@
 
     1. Config                 config.json, read and checked                            (lesson 3)
     2. Weights                safetensors -> float32 arrays, fused where one matmul serves two
-    3. Tokenizer              text <-> token ids, the chat template, streaming text    (lesson 1)
-    4. Sampling parameters    what a caller may ask for, checked                       (lesson 16)
+    3. Tokenizer              text <-> token ids, the chat template, streaming text    (lesson 0)
+    4. Sampling parameters    what a caller may ask for, checked                       (lesson 15)
     5. Requests and outputs   what the engine keeps of a request, what the caller gets
-    6. BlockAllocator         the KV cache is a pool of blocks                (lessons 12 and 15)
-    7. Engine                 schedule -> pack -> forward -> sample -> retire  (lessons 2 and 14)
+    6. BlockAllocator         the KV cache is a pool of blocks                (lessons 11 and 14)
+    7. Engine                 schedule -> pack -> forward -> sample -> retire  (lessons 1 and 13)
     8. Command line
 
 The computation itself is in kernels_numba.py, whose dimension key (T, B, S, C, ...) holds here too.
@@ -217,7 +217,7 @@ def find_checkpoint(model: str | Path, revision: str | None = None,
 
 
 # -----------------------------------------------------------------------------
-# 2. Weights                                                          (lesson 3)
+# 2. Weights                                                   (lessons 2 and 3)
 #
 # Everything is allocated first, and one table says where each tensor of the checkpoint goes: a view
 # of its final place, whose shape is the expected shape. q, k and v are rows of one matrix, so are
@@ -365,7 +365,7 @@ def check_tensors(cfg: Config, directory: Path, home: dict, table: dict[str, np.
 
 
 def copy_to_float32(place: np.ndarray, tensor: np.ndarray) -> None:
-    """Widens bf16 by a shift: its 16 bits are the upper half of a float32 (lesson 3)."""
+    """Widens bf16 by a shift: its 16 bits are the upper half of a float32 (lesson 2)."""
     if tensor.dtype == ml_dtypes.bfloat16:
         np.left_shift(tensor.view(np.uint16), 16, out=place.view(np.uint32), dtype=np.uint32)
     else:
@@ -373,7 +373,7 @@ def copy_to_float32(place: np.ndarray, tensor: np.ndarray) -> None:
 
 
 # -----------------------------------------------------------------------------
-# 3. Tokenizer                                                        (lesson 1)
+# 3. Tokenizer                                                        (lesson 0)
 #
 # The only place where text becomes token ids and back. The engine below it never sees text, and
 # works without a tokenizer.
@@ -509,7 +509,7 @@ class Detokenizer:
         self.emitted = len(self.decode(self.ids).rstrip(REPLACEMENT))
 
     def prompt_tail(self, ids: list[int]) -> list[int]:
-        """The last tokens of the prompt, from a character boundary on: at most 3 bytes further back."""
+        """The last tokens of the prompt, from a character boundary on: 3 bytes earlier at most."""
         for length in range(PROMPT_TAIL, PROMPT_TAIL + 4):
             tail = ids[-length:]
             if not self.decode(tail).startswith(REPLACEMENT):
@@ -539,7 +539,7 @@ class Detokenizer:
 
 
 # -----------------------------------------------------------------------------
-# 4. Sampling parameters                                             (lesson 16)
+# 4. Sampling parameters                                             (lesson 15)
 
 GREEDY_BELOW = 1e-5                                # temperatures below it mean greedy, as in vLLM
 
@@ -788,7 +788,7 @@ class Batch:
 
 
 # -----------------------------------------------------------------------------
-# 6. BlockAllocator                                        (lessons 12 and 15)
+# 6. BlockAllocator                                        (lessons 11 and 14)
 #
 # The KV cache is a pool of blocks of P tokens. A full block is named by the hash of its tokens
 # chained to the hash of the block before it, so equal hashes mean equal tokens from the start of
@@ -853,7 +853,7 @@ def hash_block(parent: bytes, token_ids: list[int]) -> bytes:
 
 
 # -----------------------------------------------------------------------------
-# 7. Engine                                          (lessons 2, 14, 15 and 16)
+# 7. Engine                                          (lessons 1, 13, 14 and 15)
 #
 # A step is either prefill or decode, never both. Prefill packs the prompts of several requests, cut
 # into chunks of max_num_batched_tokens; decode takes one token of each running request. When both
