@@ -1,9 +1,15 @@
 """Every operation of the engine, in the order of the course.
 
-Each operation has a NumPy twin (`*_ref`): the documentation of what it computes, the oracle of the
-tests, and what `--device cpu` runs on. A twin writes its result into its first argument, one of the
-engine's fixed buffers, and computes in the dtype it is given: float32 goes through BLAS and is the
-CPU backend, float64 makes the same lines an oracle.
+Each operation is a NumPy twin (`*_ref`), a GPU kernel with its card, a launcher, and its place in
+the tables at the end. The twin is the documentation of what is computed, the oracle of the tests,
+and what `--device cpu` runs on; it computes in the dtype it is given, float32 through BLAS. Twin
+and launcher write their result into their first argument, one of the engine's fixed buffers.
+
+The kernels here are the first rung of each ladder: one thread, or one thread block, for an output,
+nothing clever. They run unchanged in Numba's simulator (`--device sim`), where pdb works in them.
+
+To copy a kernel out, take it with the constants above it that it names; its launcher accepts
+anything with `__cuda_array_interface__`.
 
 Dimension key (capitals are extents, lower case indexes them)
     T  tokens in this step, all requests packed, no padding      C  hidden size
@@ -15,9 +21,25 @@ Dimension key (capitals are extents, lower case indexes them)
 *Block* alone always means a block of the KV cache; a group of CUDA threads is a *thread block*.
 """
 
+import math
+import sys
 from types import SimpleNamespace
 
 import numpy as np
+from numba import config, cuda, float32
+
+SIMULATOR = bool(config.ENABLE_CUDASIM)
+if SIMULATOR:
+    sys.setswitchinterval(1e-4)         # its threads hand over at each barrier: 50 times as often
+# of a thread block, a power of two; the simulator starts one Python thread for each
+THREADS = 32 if SIMULATOR else 256
+
+# subtle: a bare 0.0 or 1.0 is a double in Numba, and so becomes everything it touches
+ZERO, ONE, NEG_INF = np.float32(0), np.float32(1), np.float32(-np.inf)
+
+
+def ceil_div(a, b):
+    return -(-a // b)
 
 # -----------------------------------------------------------------------------
 # 1. Gather and elementwise: embedding, SwiGLU                        (lesson 7)
@@ -29,6 +51,52 @@ import numpy as np
 def embedding_ref(out, tokens, table):
     """out[t] = table[tokens[t]].  out (T, C), tokens (T,) int32, table (V, C), or any rows."""
     out[:] = table[tokens]
+
+
+@cuda.jit(cache=True)
+def embedding_kernel(out, tokens, table):
+    """out[t,c] = table[tokens[t],c]
+
+    out    (T, C) f32   written
+    tokens (T,)   i32   read
+    table  (V, C) f32   T rows read
+    launch grid T, thread block THREADS; one thread block owns one token
+    moves  8*T*C + 4*T bytes, does 0 flops: bandwidth-bound
+    twin   embedding_ref
+    """
+    t = cuda.blockIdx.x
+    for c in range(cuda.threadIdx.x, out.shape[1], cuda.blockDim.x):
+        out[t, c] = table[tokens[t], c]
+
+
+def embedding(out, tokens, table):
+    assert out.shape == (tokens.shape[0], table.shape[1]), (out.shape, tokens.shape, table.shape)
+    embedding_kernel[out.shape[0], THREADS](out, tokens, table)
+
+
+def add_ref(x, delta):
+    """x[t] += delta[t] in place.  x, delta (T, C)."""
+    x += delta
+
+
+@cuda.jit(cache=True)
+def add_kernel(x, delta):
+    """x[t,c] += delta[t,c]
+
+    x      (T, C) f32   read and written
+    delta  (T, C) f32   read
+    launch grid T, thread block THREADS; one thread block owns one token
+    moves  12*T*C bytes, does T*C flops: bandwidth-bound
+    twin   add_ref
+    """
+    t = cuda.blockIdx.x
+    for c in range(cuda.threadIdx.x, x.shape[1], cuda.blockDim.x):
+        x[t, c] += delta[t, c]
+
+
+def add(x, delta):
+    assert x.shape == delta.shape, (x.shape, delta.shape)
+    add_kernel[x.shape[0], THREADS](x, delta)
 
 
 def silu_mul_ref(out, gate_up):
@@ -45,6 +113,27 @@ def silu_mul_ref(out, gate_up):
     out += 1
     np.divide(gate, out, out=out)
     out *= up
+
+
+@cuda.jit(cache=True)
+def silu_mul_kernel(out, gate_up):
+    """out[t,f] = gate[t,f] / (1 + exp(-gate[t,f])) * up[t,f]
+
+    out     (T, F)  f32   written
+    gate_up (T, 2F) f32   read: gate in the first F columns, up in the last F
+    launch grid T, thread block THREADS; one thread block owns one token
+    moves  12*T*F bytes, does 5*T*F flops: bandwidth-bound
+    twin   silu_mul_ref      paper  arXiv:2002.05202
+    """
+    t, F = cuda.blockIdx.x, out.shape[1]
+    for f in range(cuda.threadIdx.x, F, cuda.blockDim.x):
+        gate, up = gate_up[t, f], gate_up[t, F + f]
+        out[t, f] = gate / (ONE + math.exp(-gate)) * up
+
+
+def silu_mul(out, gate_up):
+    assert gate_up.shape == (out.shape[0], 2 * out.shape[1]), (out.shape, gate_up.shape)
+    silu_mul_kernel[out.shape[0], THREADS](out, gate_up)
 
 
 # -----------------------------------------------------------------------------
@@ -70,6 +159,81 @@ def add_rmsnorm_ref(out, x, delta, weight, eps):
     rmsnorm_ref(out, x, weight, eps)
 
 
+@cuda.jit(device=True)
+def block_sum(value):
+    """Sum of `value` over the threads of a thread block, the same for all of them.
+
+    partial  [ a b c d e f g h ] -> [ a+e b+f c+g d+h . . . . ] -> [ .+. .+. ] -> [ sum ]
+    """
+    partial = cuda.shared.array(THREADS, float32)
+    tid = cuda.threadIdx.x
+    partial[tid] = value
+    stride = THREADS // 2
+    while stride > 0:
+        cuda.syncthreads()                 # else a thread adds a partial that is not written yet
+        if tid < stride:
+            partial[tid] += partial[tid + stride]
+        stride //= 2
+    cuda.syncthreads()
+    return partial[0]
+
+
+@cuda.jit(cache=True)
+def rmsnorm_kernel(out, x, weight, eps):
+    """out[t,c] = weight[c] * x[t,c] / sqrt(mean_c x[t,c]^2 + eps)
+
+    out    (T, C) f32   written
+    x      (T, C) f32   read twice; the second pass hits the cache
+    weight (C,)   f32   read
+    launch grid T, thread block THREADS; one thread block owns one token
+    shared 4*THREADS bytes: the partial sums of squares
+    moves  8*T*C + 4*C bytes, does 4*T*C flops: bandwidth-bound
+    twin   rmsnorm_ref      paper  arXiv:1910.07467
+    """
+    t, tid, C = cuda.blockIdx.x, cuda.threadIdx.x, x.shape[1]
+    squares = ZERO
+    for c in range(tid, C, THREADS):
+        squares += x[t, c] * x[t, c]
+    scale = ONE / math.sqrt(block_sum(squares) / float32(C) + eps)
+    for c in range(tid, C, THREADS):
+        out[t, c] = x[t, c] * scale * weight[c]
+
+
+def rmsnorm(out, x, weight, eps):
+    assert out.shape == x.shape and weight.shape == x.shape[1:], (out.shape, x.shape, weight.shape)
+    rmsnorm_kernel[x.shape[0], THREADS](out, x, weight, np.float32(eps))
+
+
+@cuda.jit(cache=True)
+def add_rmsnorm_kernel(out, x, delta, weight, eps):
+    """x[t,c] += delta[t,c], then out[t,c] = weight[c] * x[t,c] / sqrt(mean_c x[t,c]^2 + eps)
+
+    out    (T, C) f32   written
+    x      (T, C) f32   read and written, then read again from the cache
+    delta  (T, C) f32   read
+    weight (C,)   f32   read
+    launch grid T, thread block THREADS; one thread block owns one token
+    shared 4*THREADS bytes: the partial sums of squares
+    moves  16*T*C + 4*C bytes, does 5*T*C flops: bandwidth-bound
+    twin   add_rmsnorm_ref      paper  arXiv:1910.07467
+    """
+    t, tid, C = cuda.blockIdx.x, cuda.threadIdx.x, x.shape[1]
+    squares = ZERO
+    for c in range(tid, C, THREADS):
+        value = x[t, c] + delta[t, c]
+        x[t, c] = value
+        squares += value * value
+    scale = ONE / math.sqrt(block_sum(squares) / float32(C) + eps)
+    for c in range(tid, C, THREADS):       # a thread reads back only what it wrote itself
+        out[t, c] = x[t, c] * scale * weight[c]
+
+
+def add_rmsnorm(out, x, delta, weight, eps):
+    assert out.shape == x.shape == delta.shape, (out.shape, x.shape, delta.shape)
+    assert weight.shape == x.shape[1:], (weight.shape, x.shape)
+    add_rmsnorm_kernel[x.shape[0], THREADS](out, x, delta, weight, np.float32(eps))
+
+
 # -----------------------------------------------------------------------------
 # 3. Matmul                                                     (lessons 8 and 9)
 #
@@ -90,6 +254,32 @@ def matmul_ref(out, x, weight):
         return
     for t in range(len(x)):
         np.matmul(weight, x[t], out=out[t])
+
+
+@cuda.jit(cache=True)
+def matmul_naive_kernel(out, x, weight):
+    """out[t,n] = sum_k x[t,k] * weight[n,k]
+
+    out    (T, N) f32   written
+    x      (T, K) f32   every element read N times, mostly from the cache
+    weight (N, K) f32   every element read T times
+    launch grid (ceil(N / THREADS), T), thread block THREADS; one thread owns one out[t,n]
+    moves  4*(T*N + T*K + N*K) bytes at best, does 2*T*N*K flops: latency-bound, for neighbouring
+           threads read neighbouring rows, so no two of their loads share a cache line
+    twin   matmul_ref
+    """
+    t, n = cuda.blockIdx.y, cuda.grid(1)
+    if n < weight.shape[0]:
+        acc = ZERO
+        for k in range(weight.shape[1]):
+            acc += x[t, k] * weight[n, k]
+        out[t, n] = acc
+
+
+def matmul_naive(out, x, weight):
+    (T, K), N = x.shape, weight.shape[0]
+    assert out.shape == (T, N) and weight.shape == (N, K), (out.shape, x.shape, weight.shape)
+    matmul_naive_kernel[(ceil_div(N, THREADS), T), THREADS](out, x, weight)
 
 
 # -----------------------------------------------------------------------------
@@ -136,6 +326,31 @@ def rope_ref(qk, cos, sin, positions):
     qk[..., half:] = high * c + low * s
 
 
+@cuda.jit(cache=True)
+def rope_kernel(qk, cos, sin, positions):
+    """(qk[t,h,i], qk[t,h,i+D/2]) rotated by the angle positions[t] * inv_freq[i]
+
+    qk        (T, H+G, D)      f32   read and written; may be a strided view
+    cos, sin  (positions, D/2) f32   one row read per token
+    positions (T,)             i32   read
+    launch grid (T, H+G), thread block THREADS; one thread owns whole pairs
+    moves  8*T*(H+G)*D bytes, does 3*T*(H+G)*D flops: bandwidth-bound
+    twin   rope_ref      paper  arXiv:2104.09864
+    """
+    t, h, half = cuda.blockIdx.x, cuda.blockIdx.y, cos.shape[1]
+    for i in range(cuda.threadIdx.x, half, cuda.blockDim.x):
+        c, s = cos[positions[t], i], sin[positions[t], i]
+        low, high = qk[t, h, i], qk[t, h, i + half]
+        qk[t, h, i] = low * c - high * s
+        qk[t, h, i + half] = high * c + low * s
+
+
+def rope(qk, cos, sin, positions):
+    T, heads, D = qk.shape
+    assert cos.shape == sin.shape and 2 * cos.shape[1] == D, (qk.shape, cos.shape, sin.shape)
+    rope_kernel[(T, heads), THREADS](qk, cos, sin, positions)
+
+
 def write_kv_ref(k_cache, v_cache, k, v, slots):
     """Scatters this step's keys and values of one layer into their blocks.
 
@@ -146,6 +361,30 @@ def write_kv_ref(k_cache, v_cache, k, v, slots):
     G, D = k.shape[1:]
     k_cache.reshape(-1, G, D)[slots] = k
     v_cache.reshape(-1, G, D)[slots] = v
+
+
+@cuda.jit(cache=True)
+def write_kv_kernel(k_cache, v_cache, k, v, slots):
+    """k_cache[slot // P, slot % P] = k[t] with slot = slots[t], and the same for v
+
+    k_cache, v_cache (blocks, P, G, D) f32   T slots written
+    k, v             (T, G, D)         f32   read; may be strided views
+    slots            (T,)              i32   read
+    launch grid (T, G), thread block THREADS; one thread block owns one head of one token
+    moves  16*T*G*D bytes, does 0 flops: bandwidth-bound
+    twin   write_kv_ref      paper  arXiv:2309.06180
+    """
+    t, g, P = cuda.blockIdx.x, cuda.blockIdx.y, k_cache.shape[1]
+    block, offset = slots[t] // P, slots[t] % P
+    for d in range(cuda.threadIdx.x, k.shape[2], cuda.blockDim.x):
+        k_cache[block, offset, g, d] = k[t, g, d]
+        v_cache[block, offset, g, d] = v[t, g, d]
+
+
+def write_kv(k_cache, v_cache, k, v, slots):
+    T, G, D = k.shape
+    assert v.shape == k.shape and k_cache.shape[2:] == (G, D), (k.shape, v.shape, k_cache.shape)
+    write_kv_kernel[(T, G), THREADS](k_cache, v_cache, k, v, slots)
 
 
 # -----------------------------------------------------------------------------
@@ -192,6 +431,63 @@ def _attend(q, k, v):
     weights_sum = scores.sum(axis=-1, keepdims=True)
     o = (scores @ v) / weights_sum                                        # (G, R*T, D)
     return o.reshape(G, R, T, D).transpose(2, 0, 1, 3).reshape(T, H, D)
+
+
+@cuda.jit(device=True)
+def score(q, k_cache, block_table, t, h, s):
+    """q[t,h] . k[s,g] / sqrt(D), with k[s] found through the block table."""
+    P, D = k_cache.shape[1], k_cache.shape[3]
+    g = h // (q.shape[1] // k_cache.shape[2])
+    block, acc = block_table[s // P], ZERO
+    for d in range(D):
+        acc += q[t, h, d] * k_cache[block, s % P, g, d]
+    return acc / math.sqrt(float32(D))
+
+
+@cuda.jit(cache=True)
+def attention_threepass_kernel(out, q, k_cache, v_cache, block_tables, query_starts, seq_lens):
+    """out[t,h] = sum_s exp(x_s - m) / l * v[s,g], m = max_s x_s, l = sum_s exp(x_s - m), x scores
+
+    out, q           (T, H, D)         f32   out is written, and accumulated in place
+    k_cache, v_cache (blocks, P, G, D) f32   keys read three times, values once, for each query head
+    block_tables     (B, max blocks)   i32   read
+    query_starts     (B+1,)            i32   read
+    seq_lens         (B,)              i32   read
+    launch grid T, thread block H; one thread owns one query head of one token
+    moves  4*T*H*D*(2 + 4*S) bytes, does 8*T*H*S*D flops: latency-bound
+    needs  H <= 1024   (asserted in the launcher)
+    twin   paged_attention_ref      paper  arXiv:2309.06180
+    """
+    t, h = cuda.blockIdx.x, cuda.threadIdx.x
+    P, D = k_cache.shape[1], k_cache.shape[3]
+    g = h // (q.shape[1] // k_cache.shape[2])
+    b = 0
+    while query_starts[b + 1] <= t:
+        b += 1
+    # the request's queries are the last of its context: t sees what is not behind itself
+    S = seq_lens[b] - (query_starts[b + 1] - t) + 1
+
+    m = NEG_INF
+    for s in range(S):
+        m = max(m, score(q, k_cache, block_tables[b], t, h, s))
+    l = ZERO
+    for s in range(S):
+        l += math.exp(score(q, k_cache, block_tables[b], t, h, s) - m)
+    for d in range(D):
+        out[t, h, d] = ZERO
+    for s in range(S):
+        p = math.exp(score(q, k_cache, block_tables[b], t, h, s) - m) / l
+        block = block_tables[b, s // P]
+        for d in range(D):
+            out[t, h, d] += p * v_cache[block, s % P, g, d]
+
+
+def attention_threepass(out, q, k_cache, v_cache, block_tables, query_starts, seq_lens):
+    T, H, D = q.shape
+    assert out.shape == q.shape and k_cache.shape == v_cache.shape, (out.shape, q.shape)
+    assert k_cache.shape[3] == D and H % k_cache.shape[2] == 0, (q.shape, k_cache.shape)
+    assert H <= 1024, f"one thread for each of {H} heads: at most 1024"
+    attention_threepass_kernel[T, H](out, q, k_cache, v_cache, block_tables, query_starts, seq_lens)
 
 
 # -----------------------------------------------------------------------------
@@ -284,15 +580,13 @@ def sample_ref(logits, temperature, top_k, top_p, min_p, seed, position):
 
 
 # -----------------------------------------------------------------------------
-# 7. The table the engine runs on
+# 7. The tables the engine runs on: the same names, twins or launchers
 
 TWINS = SimpleNamespace(
-    embedding=embedding_ref,
-    rmsnorm=rmsnorm_ref,
-    add_rmsnorm=add_rmsnorm_ref,
-    matmul=matmul_ref,
-    silu_mul=silu_mul_ref,
-    rope=rope_ref,
-    write_kv=write_kv_ref,
-    paged_attention=paged_attention_ref,
-)
+    embedding=embedding_ref, add=add_ref, silu_mul=silu_mul_ref, rmsnorm=rmsnorm_ref,
+    add_rmsnorm=add_rmsnorm_ref, matmul=matmul_ref, rope=rope_ref, write_kv=write_kv_ref,
+    paged_attention=paged_attention_ref)
+
+LAUNCHERS = SimpleNamespace(
+    embedding=embedding, add=add, silu_mul=silu_mul, rmsnorm=rmsnorm, add_rmsnorm=add_rmsnorm,
+    matmul=matmul_naive, rope=rope, write_kv=write_kv, paged_attention=attention_threepass)

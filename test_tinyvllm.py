@@ -14,9 +14,14 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+HAS_GPU = shutil.which("nvidia-smi") is not None
+if not HAS_GPU:
+    os.environ["NUMBA_ENABLE_CUDASIM"] = "1"       # Numba reads it once, when it is imported
+
 import ml_dtypes
 import numpy as np
 import pytest
+from numba import cuda
 from safetensors.numpy import save_file
 
 import kernels_numba as kernels
@@ -342,6 +347,71 @@ def test_matmul_of_few_and_many_tokens_agree_with_float64(T):
     kernels.matmul_ref(out, x, w)
     assert np.abs(out - x.astype(np.float64) @ w.T.astype(np.float64)).max() < 77 * np.finfo(
         np.float32).eps * 10
+
+
+def kernel_cases():
+    """(name, arrays, scalars), the first array or two written; sizes of 1 and no multiples."""
+    rng = np.random.default_rng(0)
+
+    def f32(*shape):
+        x = rng.standard_normal(shape).astype(np.float32)
+        x.flat[::7] *= 30                          # outliers, as real activations have
+        return x
+
+    def nan(*shape):
+        return np.full(shape, np.nan, np.float32)
+    for T, C in ((1, 1), (3, 50), (2, 300)):
+        yield "embedding", [nan(T, C), rng.integers(0, 9, T).astype(np.int32), f32(9, C)], []
+        yield "add", [f32(T, C), f32(T, C)], []
+        yield "silu_mul", [nan(T, C), f32(T, 2 * C)], []
+        yield "rmsnorm", [nan(T, C), f32(T, C), f32(C)], [1e-5]
+        yield "add_rmsnorm", [nan(T, C), f32(T, C), f32(T, C), f32(C)], [1e-5]
+    for T, N, K in ((1, 1, 1), (3, 50, 7), (2, 33, 65)):
+        yield "matmul", [nan(T, N), f32(T, K), f32(N, K)], []
+    for heads, D in ((1, 2), (3, 26)):
+        yield "rope", [f32(4, heads, D), f32(20, D // 2), f32(20, D // 2),
+                       rng.integers(0, 20, 4).astype(np.int32)], []
+    for P, G, D in ((1, 1, 2), (4, 3, 5)):
+        slots = rng.permutation(6 * P)[:3].astype(np.int32)
+        yield "write_kv", [nan(6, P, G, D), nan(6, P, G, D), f32(3, G, D), f32(3, G, D), slots], []
+    for H, G in ((1, 1), (4, 2), (6, 1)):
+        # a decode step, a chunk whose context began earlier, a whole prompt; NaN where nothing is
+        P, D, seq_lens, counts = 4, 6, np.array([9, 7, 4], np.int32), [1, 3, 4]
+        tables, caches = rng.permutation(9).reshape(3, 3).astype(np.int32), nan(2, 9, P, G, D)
+        for b, S in enumerate(seq_lens):
+            for s in range(S):
+                caches[:, tables[b, s // P], s % P] = f32(2, G, D)
+        yield "paged_attention", [nan(8, H, D), f32(8, H, D), *caches, tables,
+                                  np.cumsum([0] + counts, dtype=np.int32), seq_lens], []
+
+
+@pytest.mark.parametrize("case", list(kernel_cases()), ids=lambda case: f"{case[0]} {case[1][0].shape}")
+def test_kernel_equals_its_twin(case):
+    """On the GPU where there is one, in the simulator elsewhere. Stray writes show: all arrays count."""
+    name, arrays, scalars = case
+    on_device = [cuda.to_device(a) for a in arrays]
+    getattr(kernels.LAUNCHERS, name)(*on_device, *scalars)
+    expected = [a.astype(np.float64) if a.dtype == np.float32 else a.copy() for a in arrays]
+    getattr(kernels.TWINS, name)(*expected, *scalars)
+    length = max(a.shape[-1] for a in arrays)
+    for ours, theirs in zip((a.copy_to_host() for a in on_device), expected):
+        assert np.array_equal(np.isnan(ours), np.isnan(theirs))
+        bound = 4e-7 * math.sqrt(length) * 30 ** 2
+        assert np.nanmax(np.abs(ours - theirs), initial=0) <= bound
+
+
+def test_the_kernels_give_the_tokens_of_the_twins(tiny):
+    device, ids = "cuda" if HAS_GPU else "sim", [prompt_ids(6, 97), prompt_ids(3, 97)]
+    params = SamplingParams(temperature=0, max_tokens=3, ignore_eos=True)
+    on_kernels = Engine(tiny, device=device, block_size=4, max_model_len=16)
+    assert tokens_of(on_kernels, ids, params) == tokens_of(Engine(tiny, block_size=4), ids, params)
+
+
+@pytest.mark.skipif(not HAS_GPU, reason="needs a GPU")
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_gpu_gives_the_tokens_of_transformers(shape, checkpoints, golden):
+    engine = Engine(checkpoints(shape), device="cuda")
+    assert tokens_of(engine, shape_prompts(shape)) == golden["tokens"][shape]
 
 
 @pytest.mark.parametrize("H, G", [(4, 4), (4, 2), (6, 1)])
@@ -1053,10 +1123,20 @@ def test_a_request_id_is_used_once(demo):
     (dict(kv_cache_memory_bytes=100), ["holds 0 tokens", "--kv-cache-memory-bytes 8192"]),
     (dict(max_num_seqs=0), ["max_num_seqs is 0, expected a positive integer"]),
     (dict(block_size=2.5), ["block_size is 2.5"]),
-    (dict(device="tpu"), ["device is 'tpu'"]),
+    (dict(device="tpu"), ["device is 'tpu', expected 'cuda', 'cpu' or 'sim'"]),
 ])
 def test_engine_options_that_cannot_work_name_one_that_does(checkpoints, options, parts):
     refuses(checkpoints("gqa"), *parts, **options)
+
+
+@pytest.mark.skipif(HAS_GPU, reason="is about machines without one")
+def test_a_machine_without_a_gpu_says_what_to_do(checkpoints):
+    refuses(checkpoints("gqa"), "found no GPU with a working driver: use --device cpu", device="cuda")
+
+
+def test_weights_that_cannot_fit_are_refused_before_they_are_read(checkpoints):
+    with pytest.raises(UserError, match="needs .* GiB as float32, this machine has"):
+        tinyvllm.check_memory(1 << 60, checkpoints("gqa"))
 
 
 def test_the_cache_is_sized_by_need_and_capped_by_memory(checkpoints):

@@ -23,6 +23,7 @@ import json
 import math
 import os
 import re
+import subprocess
 import sys
 import time
 from collections import OrderedDict, deque
@@ -36,6 +37,7 @@ import jinja2.sandbox
 import ml_dtypes                              # noqa: F401  teaches NumPy, and safetensors, bfloat16
 import numpy as np
 import tokenizers
+from numba import cuda
 from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
@@ -50,6 +52,10 @@ class UserError(ValueError):
 
 def ceil_div(a: int, b: int) -> int:
     return -(-a // b)
+
+
+def format_bytes(count: int) -> str:
+    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
 
 
 # -----------------------------------------------------------------------------
@@ -273,14 +279,27 @@ def allocate_weights(cfg: Config) -> tuple[Weights, dict[str, np.ndarray]]:
 
 def load_weights(cfg: Config, directory: Path) -> Weights:
     """Memory-maps the checkpoint and copies each tensor once, as float32, to its place."""
-    files = {name: open_safetensors(directory / name) for name in checkpoint_files(directory)}
-    home = {tensor: file for file in files.values() for tensor in file.keys()}
-    weights, table = allocate_weights(cfg)
+    files = [open_safetensors(directory / name) for name in checkpoint_files(directory)]
+    home = {tensor: file for file in files for tensor in file.keys()}
+    try:
+        weights, table = allocate_weights(cfg)     # address space only: pages come when written
+    except MemoryError as error:
+        raise UserError(f"{directory} does not fit into memory as float32 ({error})") from None
     check_tensors(cfg, directory, home, table)
+    check_memory(sum(place.nbytes for place in table.values()), directory)
     for name, place in tqdm(table.items(), desc="loading weights", unit=" tensors", delay=1,
                             leave=False):
         copy_to_float32(place, home[name].get_tensor(name))
     return weights
+
+
+def check_memory(needed: int, directory: Path) -> None:
+    """Refuses weights that this machine cannot hold, before the system ends the process for it."""
+    if hasattr(os, "sysconf"):
+        present = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        if needed > present:
+            raise UserError(f"{directory} needs {format_bytes(needed)} as float32, this machine "
+                            f"has {format_bytes(present)} of memory: choose a smaller model")
 
 
 def checkpoint_files(directory: Path) -> list[str]:
@@ -868,7 +887,8 @@ class Engine:
 
     model                    checkpoint directory or hub id
     tokenizer                directory to take the tokenizer from, if not the model's
-    device                   "cpu"; None picks the best there is
+    device                   "cpu" (the NumPy twins), "cuda" (the GPU), or "sim" (the GPU's kernels
+                             in Numba's simulator, on any machine, very slowly)
     seed                     of requests that bring none
     max_model_len            longest context, prompt and answer together; None: what the model and
                              the cache allow
@@ -885,7 +905,7 @@ class Engine:
     """
 
     def __init__(self, model: str | Path = DEMO, *, tokenizer: str | Path | None = None,
-                 device: str | None = None, seed: int | None = None,
+                 device: str = "cpu", seed: int | None = None,
                  max_model_len: int | None = None, max_num_seqs: int = 128,
                  max_num_batched_tokens: int = 2048, block_size: int = 16,
                  enable_prefix_caching: bool = True, static_batching: bool = False,
@@ -897,14 +917,16 @@ class Engine:
                        kv_cache_memory_bytes=kv_cache_memory_bytes,
                        num_gpu_blocks_override=num_gpu_blocks_override)
         self.device = pick_device(device)
-        self.ops = kernels.TWINS
-        directory = checkpoint = find_checkpoint(model, revision, hf_token)
+        on_gpu = self.device != "cpu"              # the simulator counts: it runs the same kernels
+        self.ops = kernels.LAUNCHERS if on_gpu else kernels.TWINS
+        self.empty = cuda.device_array if on_gpu else np.empty
+        self.upload = cuda.to_device if on_gpu else np.asarray
+        directory = find_checkpoint(model, revision, hf_token)
         self.model_name = directory.name if directory != DEMO else "demo model"
         self.cfg = load_config(directory)
         self.generation_config = generation_config(directory)
-        if tokenizer:
-            directory = find_checkpoint(tokenizer, None, hf_token)
-        self.tokenizer = load_tokenizer(directory)
+        self.tokenizer = load_tokenizer(
+            find_checkpoint(tokenizer, None, hf_token) if tokenizer else directory)
         self.eos_token_ids = set(self.cfg.eos_token_ids)
         if self.tokenizer and self.tokenizer.eos_token_id is not None:
             self.eos_token_ids.add(self.tokenizer.eos_token_id)
@@ -914,7 +936,9 @@ class Engine:
         self.enable_prefix_caching, self.static_batching = enable_prefix_caching, static_batching
         num_blocks = self.size_cache(max_model_len, kv_cache_memory_bytes, num_gpu_blocks_override)
         self.allocator = BlockAllocator(num_blocks)
-        self.weights = load_weights(self.cfg, checkpoint)
+        self.weights = load_weights(self.cfg, directory)
+        if on_gpu:
+            self.weights = weights_on_gpu(self.weights)
         self.allocate_buffers(num_blocks)
 
         self.rng = np.random.default_rng(seed)
@@ -961,19 +985,19 @@ class Engine:
         cfg, T, B = self.cfg, max(self.max_num_batched_tokens, self.max_num_seqs), self.max_num_seqs
         H, G, D = cfg.num_attention_heads, cfg.num_key_value_heads, cfg.head_dim
         cache_shape = (cfg.num_hidden_layers, num_blocks, self.block_size, G, D)
-        self.k_cache = np.empty(cache_shape, np.float32)
-        self.v_cache = np.empty(cache_shape, np.float32)
-        self.x = np.empty((T, cfg.hidden_size), np.float32)                   # residual stream
-        self.h = np.empty((T, cfg.hidden_size), np.float32)               # normed input of a matmul
-        self.delta = np.empty((T, cfg.hidden_size), np.float32)            # what a matmul adds to x
-        self.qkv = np.empty((T, (H + 2 * G) * D), np.float32)
-        self.o = np.empty((T, H * D), np.float32)
-        self.gate_up = np.empty((T, 2 * cfg.intermediate_size), np.float32)
-        self.act = np.empty((T, cfg.intermediate_size), np.float32)
-        self.last = np.empty((B, cfg.hidden_size), np.float32)
-        self.logits = np.empty((B, cfg.vocab_size), np.float32)
+        self.k_cache = self.empty(cache_shape, np.float32)
+        self.v_cache = self.empty(cache_shape, np.float32)
+        self.x = self.empty((T, cfg.hidden_size), np.float32)             # residual stream
+        self.h = self.empty((T, cfg.hidden_size), np.float32)             # normed input of a matmul
+        self.delta = self.empty((T, cfg.hidden_size), np.float32)         # what a matmul adds to x
+        self.qkv = self.empty((T, (H + 2 * G) * D), np.float32)
+        self.o = self.empty((T, H * D), np.float32)
+        self.gate_up = self.empty((T, 2 * cfg.intermediate_size), np.float32)
+        self.act = self.empty((T, cfg.intermediate_size), np.float32)
+        self.last = self.empty((B, cfg.hidden_size), np.float32)         # rows of x for the lm_head
+        self.logits = self.empty((B, cfg.vocab_size), np.float32)
         inv_freq = kernels.rope_inv_freq(D, cfg.rope_theta, cfg.rope_scaling)
-        self.cos, self.sin = kernels.rope_tables(inv_freq, self.max_model_len)
+        self.cos, self.sin = map(self.upload, kernels.rope_tables(inv_freq, self.max_model_len))
 
     def describe(self) -> str:
         """One line: what runs where, and where the memory went."""
@@ -1224,24 +1248,25 @@ class Engine:
         gate_up, act = self.gate_up[:T], self.act[:T]
         heads = qkv.reshape(T, H + 2 * G, D)                              # q, then k, then v
         q, qk, k, v = heads[:, :H], heads[:, :H + G], heads[:, H:H + G], heads[:, H + G:]
+        tokens, positions, slots = map(self.upload, (batch.tokens, batch.positions, batch.slots))
+        context = [self.upload(a) for a in (batch.block_tables, batch.query_starts, batch.seq_lens)]
 
-        ops.embedding(x, batch.tokens, self.weights.embed)                # (T,) -> (T, C)
+        ops.embedding(x, tokens, self.weights.embed)                      # (T,) -> (T, C)
         for l, w in enumerate(self.weights.layers):
             if l == 0:
                 ops.rmsnorm(h, x, w.norm_attn, eps)
             else:
                 ops.add_rmsnorm(h, x, delta, w.norm_attn, eps)    # x += the MLP of the layer before
             ops.matmul(qkv, h, w.wqkv)                                 # (T, C) -> (T, (H + 2G) * D)
-            ops.rope(qk, self.cos, self.sin, batch.positions)
-            ops.write_kv(self.k_cache[l], self.v_cache[l], k, v, batch.slots)
-            ops.paged_attention(o.reshape(T, H, D), q, self.k_cache[l], self.v_cache[l],
-                                batch.block_tables, batch.query_starts, batch.seq_lens)
+            ops.rope(qk, self.cos, self.sin, positions)
+            ops.write_kv(self.k_cache[l], self.v_cache[l], k, v, slots)
+            ops.paged_attention(o.reshape(T, H, D), q, self.k_cache[l], self.v_cache[l], *context)
             ops.matmul(delta, o, w.wo)                                    # (T, H * D) -> (T, C)
             ops.add_rmsnorm(h, x, delta, w.norm_mlp, eps)         # x += the attention of this layer
             ops.matmul(gate_up, h, w.w_gate_up)                           # (T, C) -> (T, 2F)
             ops.silu_mul(act, gate_up)                                    # (T, 2F) -> (T, F)
             ops.matmul(delta, act, w.w_down)                              # (T, F) -> (T, C)
-        x += delta
+        ops.add(x, delta)
         return x
 
     def compute_logits(self, x: np.ndarray, rows: np.ndarray) -> np.ndarray:
@@ -1249,10 +1274,10 @@ class Engine:
         worth the lm_head."""
         B = len(rows)
         last, h, logits = self.last[:B], self.h[:B], self.logits[:B]
-        self.ops.embedding(last, rows, x)                                 # a gather of rows of x
+        self.ops.embedding(last, self.upload(rows), x)                    # a gather of rows of x
         self.ops.rmsnorm(h, last, self.weights.norm, self.cfg.rms_norm_eps)
         self.ops.matmul(logits, h, self.weights.lm_head)                  # (B, C) -> (B, V)
-        return logits
+        return logits if self.device == "cpu" else logits.copy_to_host()
 
     # ---- step: schedule, compute, sample, retire ----
 
@@ -1504,10 +1529,27 @@ def check_positive(**options) -> None:
             raise UserError(f"{name} is {value!r}, expected a positive integer")
 
 
-def pick_device(device: str | None) -> str:
-    if device not in (None, "cpu"):
-        raise UserError(f"device is {device!r}, expected 'cpu'")
-    return "cpu"
+def pick_device(device: str) -> str:
+    """The same device if it can be used here; UserError says what can."""
+    if device == "sim" and not kernels.SIMULATOR:
+        raise UserError("device 'sim' needs the simulator before Numba is imported: set the "
+                        "environment variable NUMBA_ENABLE_CUDASIM=1")
+    if device == "cuda" and (kernels.SIMULATOR or not cuda.is_available()):
+        raise UserError("device 'cuda' found no GPU with a working driver: use --device cpu, or "
+                        "install an NVIDIA driver of version 580 or newer (for an older one, "
+                        "numba-cuda[cu12] and cuda-python 12)")
+    if device not in ("cuda", "cpu", "sim"):
+        raise UserError(f"device is {device!r}, expected 'cuda', 'cpu' or 'sim'")
+    return device
+
+
+def weights_on_gpu(weights: Weights) -> Weights:
+    embed = cuda.to_device(weights.embed)
+    tied = weights.lm_head is weights.embed
+    layers = [LayerWeights(**{name: cuda.to_device(array) for name, array in vars(layer).items()})
+              for layer in weights.layers]
+    return Weights(embed, layers, cuda.to_device(weights.norm),
+                   embed if tied else cuda.to_device(weights.lm_head))
 
 
 def load_tokenizer(directory: Path) -> Tokenizer | None:
@@ -1518,10 +1560,6 @@ def load_tokenizer(directory: Path) -> Tokenizer | None:
 def is_token_id(token, vocab_size: int) -> bool:
     return isinstance(token, (int, np.integer)) and not isinstance(token, bool) \
         and 0 <= token < vocab_size
-
-
-def format_bytes(count: int) -> str:
-    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
 
 
 # -----------------------------------------------------------------------------
@@ -1575,7 +1613,8 @@ def build_parser() -> argparse.ArgumentParser:
         help="reuse blocks of equal beginnings")
     add("--static-batching", action="store_true",
         help="nobody joins a batch until all of it has ended")
-    add("--device", choices=("cuda", "cpu", "sim"), help="default: the best there is")
+    add("--device", choices=("cuda", "cpu", "sim"), default="cpu",
+        help="GPU, NumPy, or the GPU's kernels in Numba's simulator (default: %(default)s)")
     add("--verbose-prompt", action="store_true", help="show the prompt and its token ids")
     add("--stats", action=argparse.BooleanOptionalAction, default=True,
         help="speed and memory on stderr")
@@ -1595,6 +1634,10 @@ def main(argv: list[str] | None = None) -> int:
     if args.raw and args.system_prompt:
         parser.error("--raw uses no chat template, so a --system-prompt has no place: put it into "
                      "the prompt")
+    if args.device == "sim" and not kernels.SIMULATOR:
+        # Numba reads this when it is imported, which has happened: once more, from the start
+        command = [sys.executable, *sys.orig_argv[1:]]
+        return subprocess.call(command, env=os.environ | {"NUMBA_ENABLE_CUDASIM": "1"})
     try:
         status = run_command(args)
         sys.stdout.flush()
