@@ -23,6 +23,7 @@ Dimension key (capitals are extents, lower case indexes them)
 
 import math
 import sys
+import warnings
 from types import SimpleNamespace
 
 import numpy as np
@@ -31,6 +32,8 @@ from numba import config, cuda, float32
 SIMULATOR = bool(config.ENABLE_CUDASIM)
 if SIMULATOR:
     sys.setswitchinterval(1e-4)         # its threads hand over at each barrier: 50 times as often
+# a step of one token is a small grid, and is meant to be
+warnings.filterwarnings("ignore", message=".*Grid size .* low occupancy")
 # of a thread block, a power of two; the simulator starts one Python thread for each
 THREADS = 32 if SIMULATOR else 256
 
