@@ -106,8 +106,7 @@ def read_json(path: Path) -> dict:
 
 
 def load_config(directory: Path) -> Config:
-    """Reads config.json (and the end-of-sequence ids of generation_config.json); refuses what it
-    cannot run."""
+    """Reads config.json, and refuses what this engine cannot run."""
     path = directory / "config.json"
     raw = read_json(path)
     refuse_unsupported(raw, path)
@@ -402,8 +401,7 @@ PROMPT_TAIL = 6                         # prompt tokens that decide how the firs
 
 
 class GenerationTag(jinja2.ext.Extension):
-    """Templates mark the assistant's text with {% generation %} for training; here it is just
-    text."""
+    """Templates mark the assistant's text with {% generation %} for training; here it is text."""
     tags = {"generation"}
 
     def parse(self, parser):
@@ -1112,8 +1110,8 @@ class Engine:
         """The next step, None when there is no work."""
         decoding = [seq for seq in self.running if seq.is_decoding]
         if self.static_batching:
-            # until the first decode step
-            prefill_turn = not any(seq.num_outputs > 1 for seq in decoding)
+            started = any(seq.num_outputs > 1 for seq in decoding)
+            prefill_turn = not started
         else:
             prefill_turn = not (decoding and self.prefilled_last)
         chunks = self.schedule_prefill() if prefill_turn else []
@@ -1143,12 +1141,10 @@ class Engine:
             return False
         seq = self.waiting[0]
         hits = self.cached_prefix(seq)
-        # these leave the free list too
-        idle_hits = sum(self.allocator.ref_counts[block] == 0 for block in hits)
         num_new = ceil_div(len(seq.token_ids), self.block_size) - len(hits)
-        # one spare block for each that runs, or the next decode steps would preempt the newcomer
-        # again
-        if num_new + idle_hits + len(self.running) > len(self.allocator.free):
+        num_idle = sum(self.allocator.ref_counts[block] == 0 for block in hits)   # free, and named
+        # a spare block for each that runs, or the next decode steps would preempt the newcomer
+        if num_new + num_idle + len(self.running) > len(self.allocator.free):
             return False
         seq.block_table = [self.allocator.share(block) for block in hits]
         seq.block_table += [self.allocator.allocate() for _ in range(num_new)]
@@ -1294,7 +1290,7 @@ class Engine:
             # a chunk that is not its sequence's last has nothing to sample
             ready = [b for b, seq in enumerate(batch.sequences)
                      if batch.seq_lens[b] == len(seq.token_ids)]
-            logits = self.compute_logits(x, batch.query_starts[1:][ready] - 1)
+            logits = self.compute_logits(x, batch.query_starts[1:][ready] - 1) if ready else []
             tokens = [self.sample(batch.sequences[b], row) for b, row in zip(ready, logits)]
         except BaseException as error:
             # named blocks may be half written, and the sequences of the batch cannot go on; all
@@ -1324,21 +1320,19 @@ class Engine:
         raw = logits.copy() if params.logprobs is not None else None
         for token, bias in params.logit_bias.items():
             logits[token] += np.float32(bias)
-        if (params.repetition_penalty, params.presence_penalty,
-            params.frequency_penalty) != (1, 0, 0):
+        penalties = (params.repetition_penalty, params.presence_penalty, params.frequency_penalty)
+        if penalties != (1, 0, 0):
             in_prompt = np.zeros(V, bool)
             in_prompt[seq.request.prompt_token_ids] = True
-            kernels.penalize_ref(logits, np.bincount(seq.output_ids, minlength=V), in_prompt,
-                                 params.repetition_penalty,
-                                 params.presence_penalty, params.frequency_penalty)
+            counts = np.bincount(seq.output_ids, minlength=V)
+            kernels.penalize_ref(logits, counts, in_prompt, *penalties)
         if seq.num_outputs < params.min_tokens:
             logits[list(self.eos_token_ids | set(params.stop_token_ids))] = -np.inf
         if params.greedy:
             token = int(logits.argmax())
         else:
             token = kernels.sample_ref(logits, params.temperature, params.top_k, params.top_p,
-                                       params.min_p,
-                                       seq.seed, len(seq.token_ids))
+                                       params.min_p, seq.seed, position=len(seq.token_ids))
         if raw is not None:
             entry = self.logprobs_of(raw, token, params.logprobs)
             seq.logprobs.append(entry)
@@ -1347,35 +1341,32 @@ class Engine:
 
     def logprobs_of(self, logits: np.ndarray, token: int, count: int) -> dict[int, Logprob]:
         """The chosen token and the `count` likeliest (-1: all) of one row of raw logits."""
-        logprobs = kernels.log_softmax_ref(logits)
-        count = len(logits) if count < 0 else count
-        likeliest = np.argpartition(-logits,
-                                    count - 1)[:count] if 0 < count < len(logits) else np.arange(
-                                        count)
-        likeliest = likeliest[np.argsort(-logits[likeliest], kind="stable")]
-        ranks = {token: 1 + int((logits > logits[token]).sum())} | {int(t): i + 1 for i,
-                                                                    t in enumerate(likeliest)}
-        return {t: Logprob(float(logprobs[t]), rank, self.tokenizer.decode([t], False)
-                           if self.tokenizer else None)
-                for t, rank in ranks.items()}
+        logprobs, V = kernels.log_softmax_ref(logits), len(logits)
+        count = V if count < 0 else count
+        likeliest = np.arange(V) if count == V else np.argpartition(-logits, count)[:count]
+        likeliest = likeliest[np.argsort(-logits[likeliest], kind="stable")].tolist()
+        ranks = {token: 1 + int((logits > logits[token]).sum())}
+        ranks.update(zip(likeliest, range(1, count + 1)))
+
+        def decoded(t):
+            return self.tokenizer.decode([t], skip_special_tokens=False) if self.tokenizer else None
+        return {t: Logprob(float(logprobs[t]), rank, decoded(t)) for t, rank in ranks.items()}
 
     def score_prompts(self, batch: Batch, x: np.ndarray) -> None:
-        """Appends prompt logprobs of the chunk just computed: position i predicts prompt token i +
-        1."""
+        """Appends the prompt logprobs of a chunk: position i predicts prompt token i + 1."""
         for seq, start, count in zip(batch.sequences, batch.query_starts, batch.counts):
             wanted, scored = seq.params.prompt_logprobs, seq.request.prompt_logprobs
             ids = seq.request.prompt_token_ids
             if wanted is None or batch.kind == "decode":
                 continue
-            # the other samples of a request, and a preempted sequence, find the beginning scored
-            # already
-            first, last = max(seq.num_computed,
-                              len(scored) - 1), min(seq.num_computed + count, len(ids) - 1)
+            # another sample of the request, or this one before a preemption, may have come further
+            first = max(seq.num_computed, len(scored) - 1)
+            last = min(seq.num_computed + count, len(ids) - 1)
             for i in range(first, last, self.max_num_seqs):
                 positions = np.arange(i, min(i + self.max_num_seqs, last), dtype=np.int32)
                 logits = self.compute_logits(x, positions - seq.num_computed + start)
-                scored.extend(self.logprobs_of(row, ids[p + 1], wanted) for p,
-                              row in zip(positions, logits))
+                for position, row in zip(positions, logits):
+                    scored.append(self.logprobs_of(row, ids[position + 1], wanted))
 
     def retire(self, seq: Sequence, token: int | None) -> None:
         """Appends the sampled token to its sequence, and ends the sequence if this was its last."""
