@@ -15,7 +15,7 @@ Dimension key (capitals are extents, lower case indexes them)
     T  tokens in this step, all requests packed, no padding      C  hidden size
     B  requests in this step                                     F  intermediate size of the MLP
     S  tokens of context one query can see                       V  vocabulary
-    H  query heads        G  key/value heads; head h reads g = h // (H // G)
+    H  query heads        G  key/value heads; head h reads g = h // R, R = H // G
     D  head_dim           P  tokens per KV block (block_size)    N, K  rows and columns of a weight
 
 *Block* alone always means a block of the KV cache; a group of CUDA threads is a *thread block*.
@@ -47,8 +47,7 @@ def ceil_div(a, b):
 # -----------------------------------------------------------------------------
 # 1. Gather and elementwise: embedding, SwiGLU                        (lesson 7)
 #
-# Neither does arithmetic worth naming; both are pure data movement, which is why later lessons fold
-# them into their neighbours.
+# A few operations for each byte moved, which is why lesson 7 folds them into their neighbours.
 
 
 def embedding_ref(out, tokens, table):
@@ -156,7 +155,7 @@ def rmsnorm_ref(out, x, weight, eps):
 def add_rmsnorm_ref(out, x, delta, weight, eps):
     """x[t] += delta[t] in place, then out = rmsnorm(x): a residual add and the norm behind it.
 
-    out, x, delta (T, C), weight (C,). One pass over x where two operations would make three.
+    out, x, delta (T, C), weight (C,).
     """
     x += delta
     rmsnorm_ref(out, x, weight, eps)
@@ -240,8 +239,8 @@ def add_rmsnorm(out, x, delta, weight, eps):
 # -----------------------------------------------------------------------------
 # 3. Matmul                                                     (lessons 8 and 9)
 #
-# Weights are stored as the checkpoint has them, one row per output: (N, K). Every product is x @
-# W.T.
+# Weights are stored as the checkpoint has them, one row for each output: (N, K). The product is
+# x @ W.T.
 
 GEMV_TOKENS = 4      # up to here, one matrix-vector product per token is faster: see matmul_ref
 
@@ -320,7 +319,7 @@ def rope_ref(qk, cos, sin, positions):
 
     qk (T, H+G, D), cos and sin (positions, D/2), positions (T,) int32.
     subtle: Hugging Face checkpoints pair channel i with i + D/2, not with its neighbour i + 1. The
-    wrong pairing still produces fluent-looking numbers (lesson 6).
+    wrong pairing still produces plausible text (lesson 6).
     """
     half = qk.shape[2] // 2
     c, s = cos[positions][:, None], sin[positions][:, None]       # (T, 1, D/2), for every head
@@ -410,7 +409,7 @@ def paged_attention_ref(out, q, k_cache, v_cache, block_tables, query_starts, se
     P, G, D = k_cache.shape[1:]
     for b in range(len(seq_lens)):
         S, start, end = int(seq_lens[b]), int(query_starts[b]), int(query_starts[b + 1])
-        blocks = block_tables[b, :-(-S // P)]
+        blocks = block_tables[b, :ceil_div(S, P)]
         k = k_cache[blocks].reshape(-1, G, D).transpose(1, 2, 0)          # (G, D, padded S)
         v = v_cache[blocks].reshape(-1, G, D).transpose(1, 0, 2)          # (G, padded S, D)
         for tile in range(start, end, QUERY_TILE):
@@ -430,9 +429,8 @@ def _attend(q, k, v):
         future = np.triu(np.ones((T, T), bool), 1)                 # (query, key) in the last T keys
         scores.reshape(G, R, T, S)[..., S - T:][..., future] = -np.inf
     scores -= scores.max(axis=-1, keepdims=True)
-    np.exp(scores, out=scores)
-    weights_sum = scores.sum(axis=-1, keepdims=True)
-    o = (scores @ v) / weights_sum                                        # (G, R*T, D)
+    weights = np.exp(scores, out=scores)                            # not normalised yet
+    o = (weights @ v) / weights.sum(axis=-1, keepdims=True)         # (G, R*T, D)
     return o.reshape(G, R, T, D).transpose(2, 0, 1, 3).reshape(T, H, D)
 
 

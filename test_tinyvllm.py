@@ -69,7 +69,8 @@ PROMPT_LENGTHS = (1, 15, 16, 17, 100)              # around the block size of 16
 def make_checkpoint(directory, dtype="F32", shards=1, seed=0, **changes):
     """Writes a random checkpoint whose greedy answers wander: weights of natural size, a lively
     embedding."""
-    config = {name: value for name, value in (BASE | changes).items() if value is not None}
+    config = {name: value for name, value in (BASE | changes).items()
+              if value is not None or name == "sliding_window"}
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "config.json").write_text(json.dumps(config))
     rng = np.random.default_rng(seed)
@@ -271,12 +272,51 @@ def test_tokens_are_the_same_batched_chunked_cached_and_preempted(shape, checkpo
     # a hit never covers the last prompt token: its logits are wanted
     assert [output.num_cached_tokens for output in outputs] == [0, 0, 0, 16, 96]
 
-    scarce = poisoned(Engine(checkpoints(shape), num_gpu_blocks_override=12, max_model_len=120))
-    assert tokens_of(scarce, prompts[:3] + prompts[4:]
-                     + prompts[:3]) == expected[:3] + expected[4:] + expected[:3]
+    scarce = poisoned(Engine(checkpoints(shape), block_size=4, num_gpu_blocks_override=30,
+                             max_model_len=116))
+    assert tokens_of(scarce, prompts[:4] * 3) == expected[:4] * 3
+    assert scarce.num_preemptions > 0
 
     static = poisoned(Engine(checkpoints(shape), static_batching=True, max_num_seqs=2))
     assert tokens_of(static, prompts) == expected
+
+
+def test_the_demo_model_answers_the_same_in_every_company(demo, golden):
+    prompts = [entry["prompt_token_ids"] for entry in golden["demo"]]
+    expected = [entry["token_ids"] for entry in golden["demo"]]
+    stops = SamplingParams(temperature=0, max_tokens=100)
+    for options in ({}, {"max_num_batched_tokens": 7}, {"static_batching": True},
+                    {"block_size": 4, "num_gpu_blocks_override": 60, "max_model_len": 160}):
+        engine = Engine(**options)
+        assert tokens_of(engine, prompts * 3, stops) == expected * 3
+        assert tokens_of(engine, prompts, stops) == expected       # now from the prefix cache
+    assert engine.num_preemptions > 0
+
+
+def test_two_streams_may_be_read_in_turns(demo):
+    params = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
+    expected = demo.generate(["one", "two", "three"], params)
+    first, second = demo.stream("one", params), demo.stream("two", params)
+    last = [None, None]
+    for last[0], last[1] in zip(first, second):
+        third, = demo.generate("three", params)
+    last = [*first, last[0]][0], [*second, last[1]][0]
+    assert [o["text"] for o in (*last, third)] == [o["text"] for o in expected]
+    assert not any(demo.allocator.ref_counts)
+
+
+def test_an_interrupted_step_leaves_no_half_written_prefix(checkpoints, monkeypatch):
+    engine, ids = Engine(checkpoints("gqa")), prompt_ids(60)
+
+    def interrupt(*arguments):
+        raise KeyboardInterrupt
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(engine, "pack", interrupt)
+        engine.generate([ids], GREEDY)
+    assert not any(engine.allocator.ref_counts) and not engine.requests
+    output, = engine.generate([ids], GREEDY)
+    assert output.num_cached_tokens == 0
+    assert output["token_ids"] == tokens_of(Engine(checkpoints("gqa")), [ids])[0]
 
 
 def test_preempted_requests_get_their_tokens(checkpoints):
@@ -516,6 +556,20 @@ def test_penalties_count_the_output_and_repetition_the_prompt_too():
     assert logits.tolist() == [2.0, -8.0, 2.0 - 0.5 - 0.25, 2.0 - 0.5 - 0.75]
 
 
+def test_a_request_that_rules_out_every_token_fails_alone(checkpoints):
+    nothing = SamplingParams(temperature=0.5, top_p=0.9, min_tokens=2, stop_token_ids=range(256))
+    bad, good = Engine(checkpoints("gqa")).generate([[5], [6]], [nothing, GREEDY])
+    assert (bad["finish_reason"], good["finish_reason"]) == ("error", "length")
+
+
+def test_numpy_numbers_are_as_good_as_pythons(checkpoints):
+    plain = SamplingParams(temperature=0.8, top_k=2, seed=5, max_tokens=8, ignore_eos=True)
+    numpy = SamplingParams(temperature=np.float32(0.8), top_k=np.uint8(2), seed=np.int64(5),
+                           max_tokens=np.int32(8), ignore_eos=True)
+    engine = Engine(checkpoints("gqa"))
+    assert tokens_of(engine, [[5]], plain)[0] == tokens_of(engine, [[5]], numpy)[0]
+
+
 def test_a_strong_penalty_forbids_repetition(checkpoints):
     params = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True, frequency_penalty=2,
                             presence_penalty=2,
@@ -599,6 +653,9 @@ def test_min_tokens_holds_back_every_way_to_stop(demo):
     (dict(logit_bias={3: 200}), "logit_bias has 3: 200"),
     (dict(seed=-5), "seed is -5"),
     (dict(seed=True), "seed is True"),
+    (dict(stop=5), "stop is 5"),
+    (dict(stop_token_ids=2), "stop_token_ids is 2"),
+    (dict(logit_bias={3: "x"}), "logit_bias has 3: 'x'"),
 ])
 def test_bad_sampling_values_are_named_with_their_range(change, message):
     with pytest.raises(ValueError, match=message):
@@ -614,7 +671,7 @@ def test_unknown_names_are_refused():
 
 def test_greedy_ignores_the_other_filters():
     params = SamplingParams(temperature=1e-6, top_k=5, top_p=0.5, min_p=0.5)
-    assert params.greedy and (params.top_k, params.top_p, params.min_p) == (0, 1.0, 0.0)
+    assert params.greedy and params.top_k == 5     # kept for who raises the temperature later
 
 
 # -----------------------------------------------------------------------------
@@ -912,7 +969,7 @@ def test_logits_that_are_not_finite_end_the_request_and_say_so(checkpoints):
     engine = Engine(checkpoints("gqa"))
     engine.weights.embed[7] = np.nan
     bad, good = engine.generate([{"prompt_token_ids": [7]}, {"prompt_token_ids": [8]}], GREEDY)
-    assert bad["finish_reason"] == "error" and "not finite" in bad["stop_reason"]
+    assert bad["finish_reason"] == "error" and "no finite logit" in bad["stop_reason"]
     assert good["finish_reason"] == "length" and not any(engine.allocator.ref_counts)
 
 
@@ -1005,6 +1062,8 @@ def test_an_index_must_name_files_that_are_there(checkpoints, tmp_path):
      ["GPT2LMHeadModel is not supported", "LlamaForCausalLM, MistralForCausalLM"]),
     (dict(architectures=None, model_type="bert"), ["model_type 'bert' is not supported"]),
     (dict(sliding_window=128), ["sliding_window is 128"]),
+    (dict(architectures=["MistralForCausalLM"]), ["sliding_window is missing"]),
+    (dict(hidden_size=2), ["head_dim is 0"]),
     (dict(attention_bias=True), ["attention_bias is True"]),
     (dict(hidden_act="gelu"), ["hidden_act is 'gelu', supported is only 'silu'"]),
     (dict(quantization_config={"bits": 4}), ["quantization_config"]),
@@ -1021,6 +1080,33 @@ def test_an_index_must_name_files_that_are_there(checkpoints, tmp_path):
 def test_a_config_that_cannot_run_is_refused(broken, changes, parts):
     change_json(broken / "config.json", **changes)
     refuses(broken, *parts)
+
+
+@pytest.mark.parametrize("file, content, part", [
+    ("config.json", '{"architectures": ["LlamaForCausalLM"], "num_attention_heads": NaN}', "is nan"),
+    ("config.json", '{"architectures": 3}', "3 is not supported"),
+    ("config.json", "[" * 100000, "nested too deeply"),
+    ("generation_config.json", '{"eos_token_id": {"a": 1}}', "eos_token_id holds {'a': 1}"),
+    ("generation_config.json", '{"eos_token_id": [1, "x"]}', "eos_token_id holds 'x'"),
+])
+def test_damaged_json_ends_in_one_sentence(broken, file, content, part):
+    (broken / file).write_text(content)
+    refuses(broken, part)
+
+
+def test_a_directory_in_a_files_place_is_said(broken):
+    (broken / "model.safetensors").unlink()
+    (broken / "model.safetensors").mkdir()
+    refuses(broken, "model.safetensors cannot be read")
+    (broken / "config.json").unlink()
+    (broken / "config.json").mkdir()
+    refuses(broken, "config.json cannot be read")
+
+
+def test_an_end_of_sequence_id_outside_the_vocabulary_is_harmless(broken):
+    change_json(broken / "config.json", eos_token_id=[1, 9999])
+    params = SamplingParams(temperature=0, max_tokens=5, min_tokens=3)
+    assert len(Engine(broken).generate([[5]], params)[0]["token_ids"]) >= 3
 
 
 def test_broken_json_names_the_place(broken):
@@ -1233,6 +1319,11 @@ def test_a_prompt_that_ends_inside_a_character_is_completed_not_repeated(tokeniz
     assert stream.push(ids[-1]) == "\U0001f600"
 
 
+def test_a_prompt_that_ends_with_a_replacement_character_is_not_repeated(tokenizer):
+    stream = Detokenizer(tokenizer, tokenizer.encode("a \ufffd"), skip_special_tokens=True)
+    assert stream.push(tokenizer.tokenize("b", add_special_tokens=False)[0]) == "b"
+
+
 def test_every_prompt_begins_with_exactly_one_bos(demo, tmp_path):
     bos = demo.tokenizer.bos_token_id
     for ids in (demo.tokenizer.encode("hello"), demo.tokenizer.encode("<|begin_of_text|>hello"),
@@ -1241,6 +1332,8 @@ def test_every_prompt_begins_with_exactly_one_bos(demo, tmp_path):
     # a tokenizer that adds none itself, and says so in its config: as Llama 2's
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(tinyvllm.DEMO / name, tmp_path / name)
+    without_bos = Tokenizer(tmp_path)
+    assert without_bos.encode_chat("a template that writes none").count(bos) == 1
     change_json(tmp_path / "tokenizer.json", post_processor=None)
     assert Tokenizer(tmp_path).encode("hello").count(bos) == 0
     change_json(tmp_path / "tokenizer_config.json", add_bos_token=True)
@@ -1289,7 +1382,8 @@ def test_special_tokens_show_only_when_asked(demo):
     assert plain["token_ids"] == shown["token_ids"] == silent["token_ids"]
 
 
-HOSTILE_TEMPLATES = {"{{ ''.__class__.__mro__[1].__subclasses__() }}": "refuses",
+HOSTILE_TEMPLATES = {"{{ 1 + 'a' }}": "refuses", "{{ range(10**9) }}": "refuses",
+                     "{{ ''.__class__.__mro__[1].__subclasses__() }}": "refuses",
                      "{{ raise_exception('no system') }}": "no system",
                      "{% for": "refuses"}
 
@@ -1320,6 +1414,8 @@ def test_a_final_message_can_be_continued(demo):
                 {"role": "assistant", "content": "A warp is "}]
     text = demo.tokenizer.render_chat(messages, continue_final_message=True)
     assert text.endswith("<|end_header_id|>\n\nA warp is")
+    messages[1]["content"] = "i"
+    assert demo.tokenizer.render_chat(messages, continue_final_message=True).endswith("\n\ni")
     for bad in ([], [{"role": "user"}], ["hi"], [{"role": "user", "content": None}]):
         with pytest.raises(UserError, match="messages"):
             demo.tokenizer.render_chat(bad)

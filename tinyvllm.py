@@ -23,10 +23,12 @@ import json
 import math
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
 from collections import OrderedDict, deque
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Iterator
@@ -42,16 +44,13 @@ from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
 import kernels_numba as kernels
+from kernels_numba import ceil_div
 
 DEMO = Path(__file__).resolve().parent / "demo"    # the embedded default model
 
 
 class UserError(ValueError):
     """Bad input: the message is one sentence that says what was found and what would work."""
-
-
-def ceil_div(a: int, b: int) -> int:
-    return -(-a // b)
 
 
 def format_bytes(count: int) -> str:
@@ -86,23 +85,41 @@ class Config:
     eos_token_ids: frozenset[int]
 
 
-def read_json(path: Path) -> dict:
-    """The object in a JSON file; UserError names the file and where it breaks."""
+def read_text(path: Path) -> str:
+    """A text file of the checkpoint; UserError names it and what is wrong with it."""
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        return path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise UserError(f"{path.parent} has no {path.name}: expected a Hugging Face checkpoint "
                         "directory (config.json, model.safetensors, tokenizer.json)") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text (byte {error.start}): expected JSON, download "
-                        "it again") from None
+        raise UserError(f"{path} is not UTF-8 text (byte {error.start}): download it "
+                        "again") from None
+
+
+def read_json(path: Path) -> dict:
+    """The object in a JSON file; UserError names the file and where it breaks."""
+    text = read_text(path)
+    try:
+        data = json.loads(text)
     except json.JSONDecodeError as error:
         place = f"line {error.lineno}, column {error.colno}: {error.msg}"
-        hint = describe_wrong_file(path) or place
-        raise UserError(f"{path} is not valid JSON ({hint})") from None
+        reason = describe_wrong_file(path) or place
+        raise UserError(f"{path} is not valid JSON ({reason})") from None
+    except (RecursionError, ValueError) as error:  # ValueError: a number of thousands of digits
+        reason = "nested too deeply" if isinstance(error, RecursionError) else error
+        raise UserError(f"{path} is not valid JSON ({reason})") from None
     if not isinstance(data, dict):
         raise UserError(f"{path} holds a JSON {type(data).__name__}, expected an object")
     return data
+
+
+def is_number(value) -> bool:
+    """A finite int or float; True and False, NaN and infinity are none."""
+    return isinstance(value, (int, float, np.number)) and not isinstance(value, bool) \
+        and math.isfinite(value)
 
 
 def load_config(directory: Path) -> Config:
@@ -113,8 +130,7 @@ def load_config(directory: Path) -> Config:
 
     def number(name: str, kind=int):
         value = raw.get(name)
-        plain = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if not plain or kind(value) != value or value <= 0:
+        if not is_number(value) or kind(value) != value or value <= 0:
             raise UserError(f"{path}: {name} is {value!r}, expected a positive {kind.__name__}")
         return kind(value)
 
@@ -124,7 +140,7 @@ def load_config(directory: Path) -> Config:
     if H % G:
         raise UserError(f"{path}: {H} attention heads cannot be shared by {G} key/value heads, "
                         "expected a divisor")
-    if D % 2:
+    if D < 2 or D % 2:
         raise UserError(f"{path}: head_dim is {D}, expected an even number for RoPE")
     rope = rope_parameters(raw, path)
     return Config(
@@ -140,10 +156,15 @@ def load_config(directory: Path) -> Config:
 
 
 def refuse_unsupported(raw: dict, path: Path) -> None:
-    architectures = raw.get("architectures") or [f"model_type {raw.get('model_type')!r}"]
-    if architectures[0] not in ARCHITECTURES:
-        raise UserError(f"{path}: {architectures[0]} is not supported, expected one of "
+    named = raw.get("architectures")
+    architecture = named[0] if isinstance(named, list) and named else named
+    if architecture not in ARCHITECTURES:
+        found = architecture or f"model_type {raw.get('model_type')!r}"
+        raise UserError(f"{path}: {found} is not supported, expected one of "
                         f"{', '.join(ARCHITECTURES)}")
+    if architecture == "MistralForCausalLM" and "sliding_window" not in raw:
+        raise UserError(f"{path}: sliding_window is missing, which means 4096 for Mistral; "
+                        "supported is only null")
     plain_values = {"sliding_window": None, "attention_bias": False, "mlp_bias": False,
                     "hidden_act": "silu", "quantization_config": None}
     for name, plain in plain_values.items():
@@ -153,34 +174,44 @@ def refuse_unsupported(raw: dict, path: Path) -> None:
 
 def rope_parameters(raw: dict, path: Path) -> dict:
     """One spelling for both: the older rope_scaling + rope_theta, and the newer rope_parameters."""
-    rope = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})
+    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    if not isinstance(rope, dict):
+        raise UserError(f"{path}: the RoPE parameters are {rope!r}, expected an object")
+    rope = dict(rope)
     rope_type = rope.setdefault("rope_type", rope.get("type", "default"))
     rope.setdefault("rope_theta", raw.get("rope_theta", 10000.0))
-    if rope_type not in ROPE_TYPES:
+    if not isinstance(rope_type, str) or rope_type not in ROPE_TYPES:
         raise UserError(f"{path}: rope_type {rope_type!r} is not supported, expected one of "
                         f"{', '.join(ROPE_TYPES)}")
     for name in ("rope_theta",) + ROPE_TYPES[rope_type]:
-        if not isinstance(rope.get(name), (int, float)) or rope[name] <= 0:
+        if not is_number(rope.get(name)) or rope[name] <= 0:
             raise UserError(f"{path}: rope_type {rope_type!r} has {name} {rope.get(name)!r}, "
                             "expected a positive number")
     return rope
 
 
 def generation_config(directory: Path) -> dict:
-    """The author's recommended sampling and end-of-sequence ids, {} where the checkpoint has
-    none."""
+    """The author's sampling and end-of-sequence ids; {} where the checkpoint has none."""
     path = directory / "generation_config.json"
     return read_json(path) if path.exists() else {}
 
 
 def eos_token_ids(raw: dict, directory: Path) -> frozenset[int]:
-    """Every end-of-sequence id of config.json and generation_config.json: Llama 3.2 Instruct has
-    three."""
-    ids = set()
+    """Those of config.json and generation_config.json: Llama 3.2 Instruct has three."""
+    ids = []
     for source in (raw, generation_config(directory)):
         value = source.get("eos_token_id")
-        ids.update(value if isinstance(value, list) else [value])
-    return frozenset(ids - {None})
+        ids += value if isinstance(value, list) else [] if value is None else [value]
+    for token in ids:
+        if not is_token_id(token, 1 << 32):
+            raise UserError(f"{directory}: eos_token_id holds {token!r}, expected token ids")
+    return frozenset(ids)
+
+
+def is_token_id(token, vocab_size: int) -> bool:
+    """An integer, of Python or NumPy, from 0 up to vocab_size."""
+    return isinstance(token, (int, np.integer)) and not isinstance(token, bool) \
+        and 0 <= token < vocab_size
 
 
 def find_checkpoint(model: str | Path, revision: str | None = None,
@@ -190,10 +221,10 @@ def find_checkpoint(model: str | Path, revision: str | None = None,
     HF_HOME, HF_HUB_CACHE, HF_TOKEN, HF_ENDPOINT and HF_HUB_OFFLINE mean what they mean to
     huggingface_hub.
     """
-    path = Path(model).expanduser()
-    if path.is_dir():
+    path = Path(os.path.expanduser(model))
+    if os.path.isdir(path):
         return path
-    if path.exists():
+    if os.path.exists(path):
         raise UserError(f"{path} is a file: --model takes the checkpoint's directory or a hub id")
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", str(model)):
         raise UserError(f"there is no directory {path}, and it is no hub id either: expected a "
@@ -204,16 +235,18 @@ def find_checkpoint(model: str | Path, revision: str | None = None,
         wanted = ["*.json", "*.safetensors", "*.jinja"]
         return Path(huggingface_hub.snapshot_download(
             str(model), revision=revision, token=token, allow_patterns=wanted,
-            ignore_patterns=["original/*"]))
+            ignore_patterns=["original/*", "consolidated*"]))
     except errors.GatedRepoError:
         raise UserError(f"{model} is gated: accept its licence on the hub, then set HF_TOKEN to "
                         "your access token") from None
+    except errors.HFValidationError as error:
+        raise UserError(f"{model} is no valid hub id ({error})") from None
     except errors.RepositoryNotFoundError:
         raise UserError(
             f"the hub has no model {model}, or it is private and HF_TOKEN is not set") from None
     except errors.RevisionNotFoundError:
         raise UserError(f"{model} has no revision {revision!r} on the hub") from None
-    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, OSError) as error:
+    except Exception as error:                     # no network, offline mode, a bad HF_ENDPOINT
         offline = huggingface_hub.constants.HF_HUB_OFFLINE
         reason = "HF_HUB_OFFLINE is set" if offline else str(error).split("\n")[0]
         raise UserError(f"{model} is not in the Hugging Face cache and cannot be downloaded "
@@ -249,8 +282,7 @@ class Weights:
 
 
 def allocate_weights(cfg: Config) -> tuple[Weights, dict[str, np.ndarray]]:
-    """Uninitialised float32 weights, and the table: checkpoint name -> the view its tensor
-    fills."""
+    """Uninitialised float32 weights, and the table: checkpoint name -> the view to fill."""
     C, F, V, D = cfg.hidden_size, cfg.intermediate_size, cfg.vocab_size, cfg.head_dim
     q_rows, kv_rows = cfg.num_attention_heads * D, cfg.num_key_value_heads * D
 
@@ -282,7 +314,7 @@ def load_weights(cfg: Config, directory: Path) -> Weights:
     home = {tensor: file for file in files for tensor in file.keys()}
     try:
         weights, table = allocate_weights(cfg)     # address space only: pages come when written
-    except MemoryError as error:
+    except (MemoryError, ValueError) as error:     # ValueError: larger than any address space
         raise UserError(f"{directory} does not fit into memory as float32 ({error})") from None
     check_tensors(cfg, directory, home, table)
     check_memory(sum(place.nbytes for place in table.values()), directory)
@@ -294,11 +326,17 @@ def load_weights(cfg: Config, directory: Path) -> Weights:
 
 def check_memory(needed: int, directory: Path) -> None:
     """Refuses weights that this machine cannot hold, before the system ends the process for it."""
-    if hasattr(os, "sysconf"):
-        present = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        if needed > present:
-            raise UserError(f"{directory} needs {format_bytes(needed)} as float32, this machine "
-                            f"has {format_bytes(present)} of memory: choose a smaller model")
+    present = memory_bytes("SC_PHYS_PAGES")
+    if needed > present:
+        raise UserError(f"{directory} needs {format_bytes(needed)} as float32, this machine has "
+                        f"{format_bytes(present)} of memory: choose a smaller model")
+
+
+def memory_bytes(pages: str) -> int:
+    """Main memory, all ("SC_PHYS_PAGES") or free ("SC_AVPHYS_PAGES"); without bound if unknown."""
+    if not hasattr(os, "sysconf") or pages not in os.sysconf_names:
+        return 1 << 62
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf(pages)
 
 
 def checkpoint_files(directory: Path) -> list[str]:
@@ -326,6 +364,8 @@ def checkpoint_files(directory: Path) -> list[str]:
 
 
 def open_safetensors(path: Path):
+    if not path.is_file() or not os.access(path, os.R_OK):
+        raise UserError(f"{path} cannot be read: expected a safetensors file")
     try:
         return safe_open(path, framework="np")
     except (SafetensorError, OSError) as error:
@@ -336,6 +376,8 @@ def open_safetensors(path: Path):
 
 def describe_wrong_file(path: Path) -> str | None:
     """What stands where a checkpoint file should, if it is one of the usual accidents."""
+    if not path.is_file():
+        return "it is no file"
     with open(path, "rb") as file:
         head = file.read(64).lstrip()
     if head.startswith(b"version https://git-lfs"):
@@ -357,7 +399,7 @@ def describe_truncation(path: Path) -> str | None:
             entries.pop("__metadata__", None)
             ends = [entry["data_offsets"][1] for entry in entries.values()]
             promised = 8 + header_size + max(ends)
-        except (ValueError, KeyError, TypeError, IndexError):
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
             return "its header is damaged"
     if promised != size:
         return f"its header promises {promised} bytes, the file has {size}"
@@ -397,6 +439,7 @@ def copy_to_float32(place: np.ndarray, tensor: np.ndarray) -> None:
 # works without a tokenizer.
 
 REPLACEMENT = "\ufffd"                    # what decoding makes of bytes that are no whole character
+FINAL_MARK = "\ue000"                     # a private character that no conversation holds
 PROMPT_TAIL = 6                         # prompt tokens that decide how the first new one is spelled
 
 
@@ -424,14 +467,17 @@ class Tokenizer:
         self.backend.no_padding()
         config_path = directory / "tokenizer_config.json"
         config = read_json(config_path) if config_path.exists() else {}
+        map_path = directory / "special_tokens_map.json"       # older exports have some only there
+        older = read_json(map_path) if map_path.exists() else {}
         self.special_tokens = {}                   # "bos_token" -> "<|begin_of_text|>", ...
-        for name, value in config.items():
+        for name, value in (older | config).items():
             content = value.get("content") if isinstance(value, dict) else value
             if name.endswith("_token") and isinstance(content, str):
                 self.special_tokens[name] = content
         self.bos_token_id = self.id_of("bos_token")
         self.eos_token_id = self.id_of("eos_token")
-        self.add_bos = bool(config.get("add_bos_token", False))
+        alone = self.tokenize("", add_special_tokens=True)     # what it puts around nothing
+        self.wants_bos = bool(config.get("add_bos_token")) or alone[:1] == [self.bos_token_id]
         self.chat_template = self.find_chat_template(directory, config)
 
     def id_of(self, name: str) -> int | None:
@@ -440,30 +486,38 @@ class Tokenizer:
 
     @staticmethod
     def find_chat_template(directory: Path, config: dict) -> str | None:
+        """chat_template.jinja, or what tokenizer_config.json holds: one, or several with names."""
         path = directory / "chat_template.jinja"
         if path.exists():
-            return path.read_text(encoding="utf-8")
+            return read_text(path)
         template = config.get("chat_template")
-        if isinstance(template, list):        # several named ones: [{"name": ..., "template": ...}]
-            template = {entry["name"]: entry["template"] for entry in template}.get("default")
-        return template
+        named = template if isinstance(template, list) else []
+        for entry in named:
+            if isinstance(entry, dict) and entry.get("name") == "default":
+                template = entry.get("template")
+        return template if isinstance(template, str) else None
 
     def encode(self, text: str) -> list[int]:
         """Token ids of plain text, with the special tokens the checkpoint wants in front."""
-        ids = self.backend.encode(text).ids
-        if self.add_bos and self.bos_token_id is not None:
-            ids = [self.bos_token_id] + ids
-        return self.one_bos(ids)
+        return self.one_bos(self.tokenize(text, add_special_tokens=True))
 
     def encode_chat(self, text: str) -> list[int]:
         """Token ids of a rendered chat, whose special tokens stand in the text already."""
-        return self.one_bos(self.backend.encode(text, add_special_tokens=False).ids)
+        return self.one_bos(self.tokenize(text, add_special_tokens=False))
+
+    def tokenize(self, text: str, add_special_tokens: bool) -> list[int]:
+        try:
+            return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+        except Exception as error:                 # lone surrogates; a model without its unk token
+            raise UserError(f"the tokenizer cannot read this text: {error}") from None
 
     def one_bos(self, ids: list[int]) -> list[int]:
-        """subtle: a template that writes the BOS and a tokenizer that adds one make two, and
-        answers get worse."""
-        while len(ids) > 1 and ids[0] == ids[1] == self.bos_token_id:
+        """subtle: a template that writes the BOS and a tokenizer that adds one make two, and the
+        answers get worse. Exactly one, where the tokenizer wants one."""
+        while ids[:2] == [self.bos_token_id] * 2:
             ids = ids[1:]
+        if self.wants_bos and self.bos_token_id is not None and ids[:1] != [self.bos_token_id]:
+            ids = [self.bos_token_id] + ids
         return ids
 
     def decode(self, ids: list[int], skip_special_tokens: bool = True) -> str:
@@ -476,23 +530,29 @@ class Tokenizer:
             raise UserError("this checkpoint has no chat template: use --raw, or generate() "
                             "instead of chat()")
         check_messages(messages)
+        if continue_final_message:                 # a mark shows where the last message ends
+            final = messages[-1]["content"].strip() + FINAL_MARK
+            messages = messages[:-1] + [messages[-1] | {"content": final}]
         environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
             trim_blocks=True, lstrip_blocks=True,
             extensions=[jinja2.ext.loopcontrols, GenerationTag])
         environment.filters["tojson"] = (
-            lambda value, indent=None: json.dumps(value, ensure_ascii=False, indent=indent))
+            lambda value, ensure_ascii=False, **options: json.dumps(
+                value, ensure_ascii=ensure_ascii, **options))
         environment.globals["raise_exception"] = raise_template_error
         environment.globals["strftime_now"] = time.strftime
         try:
             text = environment.from_string(self.chat_template).render(
                 messages=messages, tools=None, documents=None, **self.special_tokens,
                 add_generation_prompt=add_generation_prompt and not continue_final_message)
-        except jinja2.TemplateError as error:
+        except Exception as error:                 # the template is somebody else's program
             raise UserError(f"the chat template refuses this conversation: {error}") from None
-        if continue_final_message:                 # leave the last message open
-            final = messages[-1]["content"].strip()
-            text = text[:text.rindex(final) + len(final)]
-        return text
+        if not continue_final_message:
+            return text
+        if FINAL_MARK not in text:
+            raise UserError("the chat template does not show the final message, so it cannot be "
+                            "continued")
+        return text[:text.index(FINAL_MARK)]
 
 
 def raise_template_error(message: str):
@@ -504,8 +564,9 @@ def check_messages(messages: list[dict]) -> None:
     if not messages:
         raise UserError(f"messages is empty, expected at least one {example}")
     for i, message in enumerate(messages):
-        if not isinstance(message, dict) or not all(isinstance(message.get(key), str)
-                                                    for key in ("role", "content")):
+        fits = isinstance(message, dict) and all(isinstance(message.get(key), str)
+                                                 for key in ("role", "content"))
+        if not fits:
             raise UserError(f"messages[{i}] is {message!r}, expected {example}")
 
 
@@ -522,8 +583,7 @@ class Detokenizer:
         self.tokenizer, self.skip_special_tokens = tokenizer, skip_special_tokens
         self.ids = self.prompt_tail(prompt_ids)
         self.start, self.done = 0, len(self.ids)
-        # a prompt may end inside a character: its bytes then belong to the first piece
-        self.emitted = len(self.decode(self.ids).rstrip(REPLACEMENT))
+        self.out = self.decode(self.ids)           # the text of ids[start:done]
 
     def prompt_tail(self, ids: list[int]) -> list[int]:
         """The last tokens of the prompt, from a character boundary on: 3 bytes earlier at most."""
@@ -547,11 +607,12 @@ class Detokenizer:
 
     def piece(self, final: bool) -> str:
         text = self.decode(self.ids[self.start:])
-        piece = text[self.emitted:]
+        # subtle: a prompt may end inside a character, which then begins the first piece
+        piece = text[len(os.path.commonprefix([self.out, text])):]
         if not piece or text.endswith(REPLACEMENT) and not final:
             return ""
         self.start, self.done = self.done, len(self.ids)
-        self.emitted = len(self.decode(self.ids[self.start:self.done]))
+        self.out = self.decode(self.ids[self.start:self.done])
         return piece
 
 
@@ -584,7 +645,8 @@ class SamplingParams:
                              the chosen one is always there. Of the raw logits, before processing
     detokenize, skip_special_tokens    whether to make text, and to leave special tokens out of it
 
-    Raises UserError (a ValueError) naming the field, the value and the range.
+    allowed_token_ids, bad_words and spaces_between_special_tokens of vLLM are not there. Raises
+    UserError (a ValueError) naming the field, the value and the range.
     """
     n: int = 1
     presence_penalty: float = 0.0
@@ -621,17 +683,12 @@ class SamplingParams:
         self.check_number("min_tokens", int, 0, self.max_tokens or math.inf)
         self.check_number("logprobs", int, -1, optional=True)
         self.check_number("prompt_logprobs", int, -1, optional=True)
-        self.stop = [self.stop] if isinstance(self.stop, str) else list(self.stop or [])
-        self.stop_token_ids = list(self.stop_token_ids or [])
-        self.logit_bias = dict(self.logit_bias or {})
         self.check_stops_and_bias()
         if self.seed == -1:
             self.seed = None
-        if self.greedy:
-            if self.n > 1:
-                raise UserError(f"n is {self.n} with temperature {self.temperature:g}: greedy "
-                                "samples are all the same, expected n=1 or a temperature above 0")
-            self.top_k, self.top_p, self.min_p = 0, 1.0, 0.0
+        if self.greedy and self.n > 1:
+            raise UserError(f"n is {self.n} with temperature {self.temperature:g}: greedy samples "
+                            "are all the same, expected n=1 or a temperature above 0")
 
     @property
     def greedy(self) -> bool:
@@ -641,9 +698,9 @@ class SamplingParams:
         value = getattr(self, name)
         if value is None and optional:
             return
-        types = (int, np.integer) if kind is int else (int, float, np.number)
-        plain = isinstance(value, types) and not isinstance(value, bool) and math.isfinite(value)
-        if plain and (low < value if above else low <= value) and value <= high:
+        fits = is_number(value) and (kind is float or isinstance(value, (int, np.integer)))
+        if fits and (low < value if above else low <= value) and value <= high:
+            setattr(self, name, kind(value))       # a NumPy number becomes a plain one
             return
         if high < math.inf:
             span = f"in {'(' if above else '['}{low}, {high}]"
@@ -654,17 +711,24 @@ class SamplingParams:
                         f"{' or None' if optional else ''}")
 
     def check_stops_and_bias(self) -> None:
-        if not all(isinstance(text, str) and text for text in self.stop):
-            raise UserError(f"stop is {self.stop!r}, expected strings that are not empty")
-        if self.stop and not self.detokenize:
+        stop = [self.stop] if isinstance(self.stop, str) else self.stop or []
+        if not isinstance(stop, (list, tuple)) or not all(isinstance(t, str) and t for t in stop):
+            raise UserError(f"stop is {stop!r}, expected strings that are not empty")
+        if stop and not self.detokenize:
             raise UserError("stop strings need text to look at: leave detokenize on, or use "
                             "stop_token_ids")
-        if not all(isinstance(token, (int, np.integer)) for token in self.stop_token_ids):
-            raise UserError(f"stop_token_ids is {self.stop_token_ids!r}, expected integers")
-        for token, bias in self.logit_bias.items():
-            if not isinstance(token, (int, np.integer)) or not -100 <= bias <= 100:
-                raise UserError(f"logit_bias has {token!r}: {bias!r}, expected token ids with a "
+        ids, bias = self.stop_token_ids or [], self.logit_bias or {}
+        listed = isinstance(ids, (list, tuple, set, range))
+        if not listed or not all(is_token_id(token, 1 << 32) for token in ids):
+            raise UserError(f"stop_token_ids is {ids!r}, expected token ids")
+        if not isinstance(bias, dict):
+            raise UserError(f"logit_bias is {bias!r}, expected {{token id: bias}}")
+        for token, value in bias.items():
+            if not is_token_id(token, 1 << 32) or not is_number(value) or not -100 <= value <= 100:
+                raise UserError(f"logit_bias has {token!r}: {value!r}, expected token ids with a "
                                 "bias in [-100, 100]")
+        self.stop, self.stop_token_ids = list(stop), [int(token) for token in ids]
+        self.logit_bias = {int(token): float(value) for token, value in bias.items()}
 
 
 # -----------------------------------------------------------------------------
@@ -815,8 +879,7 @@ class Batch:
 
 
 class BlockAllocator:
-    """Free list, reference counts and names of the blocks. A block is either free or referenced,
-    never both."""
+    """Free list, reference counts and names of the blocks. A block is free or referenced."""
 
     def __init__(self, num_blocks: int):
         self.ref_counts = [0] * num_blocks
@@ -843,8 +906,7 @@ class BlockAllocator:
         return block
 
     def release(self, block: int) -> None:
-        """One reference less. At zero the block is free: a named one is reused last, a nameless one
-        first."""
+        """One reference less. At zero it is free: a named one is reused last, a nameless first."""
         assert self.ref_counts[block] > 0, f"block {block} was released twice"
         self.ref_counts[block] -= 1
         if self.ref_counts[block] == 0:
@@ -852,8 +914,7 @@ class BlockAllocator:
             self.free.move_to_end(block, last=block in self.hash_of)
 
     def register(self, block: int, block_hash: bytes) -> None:
-        """Names a block. If another block holds the same tokens already, that one keeps the
-        name."""
+        """Names a block, unless another one with the same tokens has the name already."""
         if block_hash not in self.block_of:
             self.block_of[block_hash] = block
             self.hash_of[block] = block_hash
@@ -864,8 +925,7 @@ class BlockAllocator:
 
 
 def hash_block(parent: bytes, token_ids: list[int]) -> bytes:
-    """SHA-256 of the parent's hash and the block's tokens: collisions would hand out wrong
-    contexts."""
+    """SHA-256 of the parent's hash and the tokens: a collision would hand out a wrong context."""
     return hashlib.sha256(parent + np.array(token_ids, np.int32).tobytes()).digest()
 
 
@@ -875,9 +935,10 @@ def hash_block(parent: bytes, token_ids: list[int]) -> bytes:
 # A step is either prefill or decode, never both. Prefill packs the prompts of several requests, cut
 # into chunks of max_num_batched_tokens; decode takes one token of each running request. When both
 # have work they alternate, so a long prompt delays the others by one chunk at most, and a token is
-# always computed by the same operation, whatever company it has.
+# always computed by the same operation, whatever company it has. (On the CPU that is exact but for
+# the last bits: BLAS adds in another order for many tokens than for a few.)
 
-DEFAULT_CACHE_BYTES = 4 << 30            # of main memory; pages that are never written cost nothing
+DEFAULT_CACHE_BYTES = 4 << 30            # or half of what is free, if that is less
 
 
 class Engine:
@@ -928,6 +989,8 @@ class Engine:
         self.eos_token_ids = set(self.cfg.eos_token_ids)
         if self.tokenizer and self.tokenizer.eos_token_id is not None:
             self.eos_token_ids.add(self.tokenizer.eos_token_id)
+        # an id that the model has no logit for can never be chosen
+        self.eos_token_ids = {t for t in self.eos_token_ids if t < self.cfg.vocab_size}
 
         self.block_size = block_size
         self.max_num_seqs, self.max_num_batched_tokens = max_num_seqs, max_num_batched_tokens
@@ -937,10 +1000,16 @@ class Engine:
         self.weights = load_weights(self.cfg, directory)
         if on_gpu:
             self.weights = weights_on_gpu(self.weights)
-        self.allocate_buffers(num_blocks)
+        try:
+            self.allocate_buffers(num_blocks)
+        except (MemoryError, ValueError) as error:
+            size = format_bytes(num_blocks * self.bytes_per_block)
+            raise UserError(f"the KV cache of {size} does not fit into memory ({error}): use "
+                            f"--kv-cache-memory-bytes {DEFAULT_CACHE_BYTES} or less") from None
 
         self.rng = np.random.default_rng(seed)
         self.request_counter = 0
+        self.interrupted = False                   # set from a signal handler: stop after this step
         self.requests: dict[str, Request] = {}     # unfinished ones
         self.waiting: deque[Sequence] = deque()  # first come, first served; preempted ones in front
         self.running: list[Sequence] = []     # oldest first; each owns the blocks of all its tokens
@@ -954,8 +1023,7 @@ class Engine:
 
     def size_cache(self, max_model_len: int | None, cache_bytes: int | None,
                    num_blocks: int | None) -> int:
-        """Number of KV blocks: what max_num_seqs full contexts need, capped by memory. Sets
-        max_model_len."""
+        """Number of KV blocks: as many as max_num_seqs full contexts need and memory allows."""
         cfg, P = self.cfg, self.block_size
         longest = max_model_len or cfg.max_position_embeddings
         if longest > cfg.max_position_embeddings:
@@ -966,7 +1034,8 @@ class Engine:
         self.bytes_per_block = P * floats_per_token * np.dtype(np.float32).itemsize
         if num_blocks is None:
             wanted = self.max_num_seqs * ceil_div(longest, P)
-            num_blocks = min(wanted, (cache_bytes or DEFAULT_CACHE_BYTES) // self.bytes_per_block)
+            budget = cache_bytes or min(DEFAULT_CACHE_BYTES, memory_bytes("SC_AVPHYS_PAGES") // 2)
+            num_blocks = min(wanted, budget // self.bytes_per_block)
         capacity = num_blocks * P
         if capacity < (max_model_len or 1):
             needed = ceil_div(longest if max_model_len else 1, P) * self.bytes_per_block
@@ -978,8 +1047,7 @@ class Engine:
         return num_blocks
 
     def allocate_buffers(self, num_blocks: int) -> None:
-        """Everything a step writes, once: the KV cache, and one buffer for each intermediate of
-        `forward`."""
+        """Everything a step writes: the KV cache, and one buffer for each array of `forward`."""
         cfg, T, B = self.cfg, max(self.max_num_batched_tokens, self.max_num_seqs), self.max_num_seqs
         H, G, D = cfg.num_attention_heads, cfg.num_key_value_heads, cfg.head_dim
         cache_shape = (cfg.num_hidden_layers, num_blocks, self.block_size, G, D)
@@ -1095,8 +1163,7 @@ class Engine:
         """Ends a request at once; its blocks go back. Unknown and finished ids are ignored."""
         request = self.requests.get(request_id)
         for seq in request.sequences if request else []:
-            if not seq.finish_reason:
-                self.finish(seq, "abort")
+            self.finish(seq, "abort")
 
     def has_unfinished_requests(self) -> bool:
         return bool(self.requests)
@@ -1122,8 +1189,7 @@ class Engine:
         return self.pack("decode", [(seq, 1) for seq in scheduled]) if scheduled else None
 
     def schedule_prefill(self) -> list[tuple[Sequence, int]]:
-        """Chunks for this step: those who have begun go on first, then the queue is admitted in its
-        order."""
+        """Chunks for this step: whoever has begun goes on, then the queue in its order."""
         budget, chunks = self.max_num_batched_tokens, []
         candidates = deque(seq for seq in self.running if not seq.is_decoding)
         while budget and (candidates or self.admit(candidates)):
@@ -1135,8 +1201,7 @@ class Engine:
         return chunks
 
     def admit(self, candidates: deque[Sequence]) -> bool:
-        """Moves the head of the queue to the batch if there is a place and there are blocks for all
-        its tokens."""
+        """Moves the head of the queue to the batch, if it has a place and blocks for all tokens."""
         if not self.waiting or len(self.running) == self.max_num_seqs:
             return False
         seq = self.waiting[0]
@@ -1185,8 +1250,7 @@ class Engine:
                 self.allocator.register(seq.block_table[i], hashes[i])
 
     def schedule_decode(self, decoding: list[Sequence]) -> list[Sequence]:
-        """Every decoding sequence with a block for its newest token; the youngest give way when
-        blocks run out."""
+        """Who decodes, with a block for the newest token; the youngest give way for want of one."""
         scheduled = []
         for seq in decoding:                  # oldest first: whoever gives way is not scheduled yet
             needed = ceil_div(len(seq.token_ids), self.block_size)
@@ -1201,8 +1265,7 @@ class Engine:
         return scheduled
 
     def preempt(self, seq: Sequence) -> None:
-        """Takes all blocks away. It will compute its tokens again, as far as the prefix cache lost
-        them."""
+        """Takes all its blocks; it computes its tokens again, less what the prefix cache kept."""
         self.num_preemptions += 1
         self.running.remove(seq)
         self.release_blocks(seq)
@@ -1235,8 +1298,7 @@ class Engine:
                      np.array(ends, np.int32), block_tables)
 
     def forward(self, batch: Batch) -> np.ndarray:
-        """The transformer, one operation per line: the residual stream x (T, C) after the last
-        layer."""
+        """The transformer, one operation per line: x (T, C) after the last layer."""
         cfg, ops, T = self.cfg, self.ops, len(batch.tokens)
         H, G, D = cfg.num_attention_heads, cfg.num_key_value_heads, cfg.head_dim
         eps = cfg.rms_norm_eps
@@ -1266,8 +1328,7 @@ class Engine:
         return x
 
     def compute_logits(self, x: np.ndarray, rows: np.ndarray) -> np.ndarray:
-        """Logits (B, V) of the tokens in `rows` (B,) of x, at most max_num_seqs: only they are
-        worth the lm_head."""
+        """Logits (B, V) of `rows` (B,) of x, at most max_num_seqs; no other row needs them."""
         B = len(rows)
         last, h, logits = self.last[:B], self.h[:B], self.logits[:B]
         self.ops.embedding(last, self.upload(rows), x)                    # a gather of rows of x
@@ -1278,13 +1339,12 @@ class Engine:
     # ---- step: schedule, compute, sample, retire ----
 
     def step(self) -> list[RequestOutput]:
-        """Runs one prefill or decode step and returns the requests that got a token or ended in
-        it."""
-        batch = self.batch = self.schedule()
-        if batch is None:
-            return []
-        started = time.perf_counter()
+        """Runs one step, and returns the requests that got a token or ended in it."""
+        started, batch = time.perf_counter(), None
         try:
+            batch = self.batch = self.schedule()
+            if batch is None:
+                return []
             x = self.forward(batch)
             self.score_prompts(batch, x)
             # a chunk that is not its sequence's last has nothing to sample
@@ -1292,28 +1352,23 @@ class Engine:
                      if batch.seq_lens[b] == len(seq.token_ids)]
             logits = self.compute_logits(x, batch.query_starts[1:][ready] - 1) if ready else []
             tokens = [self.sample(batch.sequences[b], row) for b, row in zip(ready, logits)]
+            for seq, end in zip(batch.sequences, batch.seq_lens):
+                seq.num_computed = int(end)
+            for b, token in zip(ready, tokens):
+                self.retire(batch.sequences[b], token)
         except BaseException as error:
-            # named blocks may be half written, and the sequences of the batch cannot go on; all
-            # others can
+            # named blocks may be half written, and who was to be computed cannot go on; others can
             self.allocator.forget_hashes()
-            for seq in batch.sequences:
+            for seq in batch.sequences if batch else list(self.running):
                 self.finish(seq, "error" if isinstance(error, Exception) else "abort")
             raise
-        for seq, end in zip(batch.sequences, batch.seq_lens):
-            seq.num_computed = int(end)
-        touched = []
-        for token, b in zip(tokens, ready):
-            seq = batch.sequences[b]
-            self.retire(seq, token)
-            if seq.request not in touched:
-                touched.append(seq.request)
         self.num_tokens[batch.kind] += len(batch.tokens)
         self.seconds[batch.kind] += time.perf_counter() - started
-        return [request.output() for request in touched]
+        grown = dict.fromkeys(batch.sequences[b].request for b in ready)
+        return [request.output() for request in grown]
 
     def sample(self, seq: Sequence, logits: np.ndarray) -> int | None:
-        """The next token of seq from its row of logits (V,), None if they are not finite. Keeps
-        logprobs if asked."""
+        """The next token of seq from its logits (V,), which it consumes; None: there is none."""
         params, V = seq.params, len(logits)
         if not np.isfinite(logits.max()):          # NaN wins every max
             return None
@@ -1328,6 +1383,8 @@ class Engine:
             kernels.penalize_ref(logits, counts, in_prompt, *penalties)
         if seq.num_outputs < params.min_tokens:
             logits[list(self.eos_token_ids | set(params.stop_token_ids))] = -np.inf
+        if logits.max() == -np.inf:
+            return None
         if params.greedy:
             token = int(logits.argmax())
         else:
@@ -1372,8 +1429,8 @@ class Engine:
         """Appends the sampled token to its sequence, and ends the sequence if this was its last."""
         request, params = seq.request, seq.params
         if token is None:
-            self.finish(seq, "error", "the logits are not finite: the weights hold NaN or Inf, or "
-                        "overflow")
+            self.finish(seq, "error", "no finite logit is left to choose from: the weights hold "
+                        "NaN or Inf, or every token is ruled out")
             return
         seq.token_ids.append(token)
         request.metrics.first_token_time = request.metrics.first_token_time or time.perf_counter()
@@ -1395,24 +1452,29 @@ class Engine:
         seq.text += piece
         if seq.num_outputs < seq.params.min_tokens:
             return
-        # a match must end inside the piece, so it begins at most its own length - 1 before
-        found = [(seq.text.find(stop, max(0, before - len(stop) + 1)), stop)
-                 for stop in seq.params.stop if piece]
-        found = [(at, stop) for at, stop in found if at >= 0]
-        if found:
-            at, stop = min(found)
-            seq.text = seq.text[:at + len(stop) * seq.params.include_stop_str_in_output]
+        ends = []                                  # (where a stop string is complete, the string)
+        for stop in seq.params.stop if piece else []:
+            # it ends inside the piece, so it begins at most its own length - 1 before
+            at = seq.text.find(stop, max(0, before - len(stop) + 1))
+            if at >= 0:
+                ends.append((at + len(stop), stop))
+        if ends:
+            end, stop = min(ends)
+            kept = end if seq.params.include_stop_str_in_output else end - len(stop)
+            seq.text = seq.text[:kept]
             self.finish(seq, "stop", stop)
 
     def finish(self, seq: Sequence, finish_reason: str,
                stop_reason: int | str | None = None) -> None:
-        """Ends a sequence wherever it stands; its blocks go back."""
+        """Ends a sequence wherever it stands; its blocks go back. Once ended, it stays as it is."""
+        if seq.finish_reason:
+            return
         stopped_in_text = finish_reason == "stop" and isinstance(stop_reason, str)
         if seq.detokenizer and not stopped_in_text:
             seq.text += seq.detokenizer.flush()
-        seq.finish_reason, seq.stop_reason = finish_reason, stop_reason
         self.release_blocks(seq)
         (self.running if seq in self.running else self.waiting).remove(seq)
+        seq.finish_reason, seq.stop_reason = finish_reason, stop_reason
         if seq.request.finished:
             seq.request.metrics.finished_time = time.perf_counter()
             del self.requests[seq.request.request_id]
@@ -1421,37 +1483,58 @@ class Engine:
 
     def submit(self, prompts, sampling_params=None) -> list[str]:
         """Queues one prompt or a list of them, all or none, and returns their request ids."""
-        single = isinstance(prompts,
-                            (str, dict)) or len(prompts) and isinstance(prompts[0],
-                                                                        (int, np.integer))
-        prompts = [prompts] if single else list(prompts)
-        params = sampling_params if isinstance(sampling_params,
-                                               (list, tuple)) else [sampling_params] * len(prompts)
+        if isinstance(prompts, (str, dict)):
+            prompts = [prompts]
+        if not isinstance(prompts, (list, tuple)):
+            raise UserError(f"prompts is a {type(prompts).__name__}, expected a prompt or a list")
+        if prompts and isinstance(prompts[0], (int, np.integer)):
+            prompts = [prompts]                    # one prompt, as token ids
+        params = sampling_params
+        if not isinstance(params, (list, tuple)):
+            params = [params] * len(prompts)
         if len(params) != len(prompts):
             raise UserError(f"there are {len(prompts)} prompts and {len(params)} sampling_params, "
                             "expected as many or one")
-        first = self.request_counter
-        requests = [self.make_request(f"{first + i}", prompt, p) for i,
-                    (prompt, p) in enumerate(zip(prompts, params))]
-        self.request_counter += len(requests)
+        requests = [self.make_request(self.new_request_id(), prompt, p)
+                    for prompt, p in zip(prompts, params)]
         for request in requests:
             self.enqueue(request)
         return [request.request_id for request in requests]
 
+    def new_request_id(self) -> str:
+        """A number that no unfinished request has."""
+        while True:
+            self.request_counter += 1
+            if str(self.request_counter) not in self.requests:
+                return str(self.request_counter)
+
     def run(self, request_ids: list[str]) -> Iterator[RequestOutput]:
-        """Steps until these requests have ended, yielding them as they grow. Left early, it aborts
-        them."""
-        wanted = set(request_ids)
+        """Steps until these requests have ended, yielding each when it has grown, whoever made the
+        step. Left early, it aborts them."""
+        requests = [self.requests[request_id] for request_id in request_ids]
+        shown = dict.fromkeys(request_ids, (0, False))
+
+        def news() -> Iterator[RequestOutput]:
+            for request in requests:
+                state = sum(seq.num_outputs for seq in request.sequences), request.finished
+                if state != shown[request.request_id]:
+                    shown[request.request_id] = state
+                    yield request.output()
         try:
-            while wanted & self.requests.keys():
-                yield from (output for output in self.step() if output.request_id in wanted)
+            while not all(request.finished for request in requests):
+                if self.interrupted:
+                    self.interrupted = False
+                    raise KeyboardInterrupt
+                self.step()
+                yield from news()
+            yield from news()                      # what ended while somebody else made the steps
         finally:
-            for request_id in request_ids:
-                self.abort_request(request_id)
+            for request in requests:
+                if not request.finished:
+                    self.abort_request(request.request_id)
 
     def stream(self, prompts, sampling_params=None) -> Iterator[RequestOutput]:
-        """Like generate, but yields after each step the requests that grew in it: all their text so
-        far."""
+        """Like generate, but yields the requests as they grow: all their text so far."""
         yield from self.run(self.submit(prompts, sampling_params))
 
     def generate(self, prompts,
@@ -1516,7 +1599,7 @@ def recommended_sampling(generation_config: dict) -> dict:
 
 def check_positive(**options) -> None:
     for name, value in options.items():
-        if value is not None and (not isinstance(value, int) or value < 1):
+        if value is not None and (not is_token_id(value, 1 << 62) or value < 1):
             raise UserError(f"{name} is {value!r}, expected a positive integer")
 
 
@@ -1546,11 +1629,6 @@ def weights_on_gpu(weights: Weights) -> Weights:
 def load_tokenizer(directory: Path) -> Tokenizer | None:
     """None where the checkpoint has none: token ids still work."""
     return Tokenizer(directory) if (directory / "tokenizer.json").exists() else None
-
-
-def is_token_id(token, vocab_size: int) -> bool:
-    return isinstance(token, (int, np.integer)) and not isinstance(token, bool) \
-        and 0 <= token < vocab_size
 
 
 # -----------------------------------------------------------------------------
@@ -1613,7 +1691,12 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    for stream in (sys.stdout, sys.stderr):    # a terminal without UTF-8 shows ? instead of failing
+    # a stream that the caller closed becomes an empty one
+    sys.stdin, sys.stdout, sys.stderr = (
+        stream or open(os.devnull, mode, encoding="utf-8")
+        for stream, mode in ((sys.stdin, "r"), (sys.stdout, "w"), (sys.stderr, "w")))
+    sys.stdin.reconfigure(errors="surrogateescape")                  # see `readable`
+    for stream in (sys.stdout, sys.stderr):   # a terminal without UTF-8 shows ? instead of failing
         stream.reconfigure(errors="replace")
     parser = build_parser()
     args = parser.parse_args(argv)
@@ -1625,16 +1708,17 @@ def main(argv: list[str] | None = None) -> int:
     if args.raw and args.system_prompt:
         parser.error("--raw uses no chat template, so a --system-prompt has no place: put it into "
                      "the prompt")
-    if args.device == "sim" and not kernels.SIMULATOR:
-        # Numba reads this when it is imported, which has happened: once more, from the start
-        command = [sys.executable, *sys.orig_argv[1:]]
-        return subprocess.call(command, env=os.environ | {"NUMBA_ENABLE_CUDASIM": "1"})
     try:
+        if args.device == "sim" and not kernels.SIMULATOR:
+            return run_in_simulator(argv)
         status = run_command(args)
         sys.stdout.flush()
         return status
     except UserError as error:
         note(f"error: {error}")
+        return 1
+    except MemoryError as error:
+        note(f"error: out of memory ({error}): use a smaller --max-num-batched-tokens")
         return 1
     except KeyboardInterrupt:
         note("")
@@ -1642,6 +1726,15 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:                        # the reader left, as in `| head`: nobody to tell
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:                       # a full disk, say
+        note(f"error: {error}")
+        return 1
+
+
+def run_in_simulator(argv: list[str] | None) -> int:
+    """Numba chooses its simulator when it is imported, which has happened: from the start."""
+    command = [sys.executable, __file__, *(sys.argv[1:] if argv is None else argv)]
+    return subprocess.call(command, env=os.environ | {"NUMBA_ENABLE_CUDASIM": "1"})
 
 
 def note(line: str) -> None:
@@ -1649,8 +1742,10 @@ def note(line: str) -> None:
 
 
 def run_command(args: argparse.Namespace) -> int:
-    prompts = [readable(prompt) for prompt in args.prompt] + [read_prompt_file(name)
-                                                              for name in args.file]
+    args.system_prompt = args.system_prompt and readable(args.system_prompt)
+    args.stop = args.stop and [readable(text) for text in args.stop]
+    prompts = [readable(prompt) for prompt in args.prompt]
+    prompts += [read_prompt_file(name) for name in args.file]
     engine = Engine(args.model, device=args.device, max_model_len=args.max_model_len,
                     max_num_seqs=args.max_num_seqs,
                     max_num_batched_tokens=args.max_num_batched_tokens, block_size=args.block_size,
@@ -1697,21 +1792,38 @@ def sampling_from_flags(args: argparse.Namespace,
                         engine: Engine) -> tuple[SamplingParams, dict[str, str]]:
     """The effective sampling, and where each value that matters came from."""
     values = {"max_tokens": DEFAULT_MAX_TOKENS} | recommended_sampling(engine.generation_config)
-    sources = {name: "default" if name == "max_tokens" else "generation_config.json"
-               for name in values}
+    sources = dict.fromkeys(values, "generation_config.json") | {"max_tokens": "default"}
+    if not engine.generation_config:
+        sources["temperature"] = "default"
     for name in SAMPLING_FLAGS:
         if getattr(args, name) is not None:
             values[name], sources[name] = getattr(args, name), "--" + name.replace("_", "-")
     return SamplingParams(**values), sources
 
 
+@contextmanager
+def interrupt_between_steps(engine: Engine):
+    """Ctrl-C waits for the end of the step, so that nothing is left half done; a second one does
+    not."""
+    def remember(signum, frame):
+        engine.interrupted = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    before = signal.signal(signal.SIGINT, remember)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+        engine.interrupted = False
+
+
 def answer(engine: Engine, prompts: list, params: SamplingParams, args: argparse.Namespace) -> int:
-    """Answers all prompts as one batch: a single one is streamed, several are printed in order when
-    ready."""
+    """Answers all prompts as one batch: one is streamed, several are printed in order."""
     request_ids = engine.submit(prompts, params)
+    requests = {request_id: engine.requests[request_id] for request_id in request_ids}
     latest: dict[str, RequestOutput] = {}
     queue = deque(request_ids)                     # whose text is not all printed yet
     printed = 0                                    # characters of queue[0] that are out
+    preempted_before = engine.num_preemptions
 
     def show(everything: bool) -> None:
         nonlocal printed
@@ -1728,15 +1840,17 @@ def answer(engine: Engine, prompts: list, params: SamplingParams, args: argparse
             printed = 0
 
     try:
-        for output in engine.run(request_ids):
-            latest[output.request_id] = output
-            show(everything=False)
+        with interrupt_between_steps(engine):
+            for output in engine.run(request_ids):
+                latest[output.request_id] = output
+                show(everything=False)
     except KeyboardInterrupt:
+        latest = {request_id: request.output() for request_id, request in requests.items()}
         show(everything=True)
         raise
     outputs = [latest[request_id] for request_id in request_ids]
     if args.stats:
-        note(statistics(engine, outputs))
+        note(statistics(engine, outputs, preempted_before))
     failed = [output.outputs[0].stop_reason for output in outputs
               if output.outputs[0].finish_reason == "error"]
     for reason in failed:
@@ -1744,7 +1858,7 @@ def answer(engine: Engine, prompts: list, params: SamplingParams, args: argparse
     return 1 if failed else 0
 
 
-def statistics(engine: Engine, outputs: list[RequestOutput]) -> str:
+def statistics(engine: Engine, outputs: list[RequestOutput], preempted_before: int) -> str:
     """One line on a batch that has just ended."""
     prompt = sum(len(output.prompt_token_ids) for output in outputs)
     cached = sum(output.num_cached_tokens for output in outputs)
@@ -1756,8 +1870,8 @@ def statistics(engine: Engine, outputs: list[RequestOutput]) -> str:
             f"{new} new tokens in {total:.2f} s, {new / max(total, 1e-9):,.0f} tokens/s")
     if any(output["finish_reason"] == "length" for output in outputs):
         line += "; cut off by length: raise --max-tokens or --max-model-len"
-    if engine.num_preemptions:
-        line += f"; {engine.num_preemptions} preemptions"
+    if engine.num_preemptions > preempted_before:
+        line += f"; {engine.num_preemptions - preempted_before} preemptions"
     return line
 
 
@@ -1818,7 +1932,10 @@ def read_message() -> str | None:
         if line.startswith('"""'):
             line = line[3:]
             while not line.endswith('"""'):
-                line += "\n" + input(prompts[1])
+                try:
+                    line += "\n" + input(prompts[1])
+                except EOFError:                   # the input ended first: so does the message
+                    line += '"""'
             line = line[:-3]
         return readable(line)
     except EOFError:
@@ -1845,11 +1962,12 @@ def chat_answer(engine: Engine, messages: list[dict], params: SamplingParams,
     prompt = engine.chat_prompt(messages)
     if args.verbose_prompt:
         note(repr(engine.read_prompt(prompt)))
-    text, output = "", None
+    text, output, preempted_before = "", None, engine.num_preemptions
     try:
-        for output in engine.stream(prompt, params):
-            print(output["text"][len(text):], end="", flush=True)
-            text = output["text"]
+        with interrupt_between_steps(engine):
+            for output in engine.stream(prompt, params):
+                print(output["text"][len(text):], end="", flush=True)
+                text = output["text"]
     except KeyboardInterrupt:
         pass
     print(flush=True)
@@ -1857,7 +1975,7 @@ def chat_answer(engine: Engine, messages: list[dict], params: SamplingParams,
         if output["finish_reason"] == "error":
             raise UserError(output["stop_reason"])
         if args.stats:
-            note(statistics(engine, [output]))
+            note(statistics(engine, [output], preempted_before))
     return text
 
 
