@@ -32,9 +32,11 @@ from numba import config, cuda, float32
 SIMULATOR = bool(config.ENABLE_CUDASIM)
 if SIMULATOR:
     sys.setswitchinterval(1e-4)         # its threads hand over at each barrier: 50 times as often
+
 # a step of one token is a small grid, and is meant to be
 warnings.filterwarnings("ignore", message=".*Grid size .* low occupancy")
-# of a thread block, a power of two; the simulator starts one Python thread for each
+
+# threads in a thread block, a power of two; the simulator starts one Python thread for each
 THREADS = 32 if SIMULATOR else 256
 
 # subtle: a bare 0.0 or 1.0 is a double in Numba, and so becomes everything it touches
@@ -43,6 +45,7 @@ ZERO, ONE, NEG_INF = np.float32(0), np.float32(1), np.float32(-np.inf)
 
 def ceil_div(a, b):
     return -(-a // b)
+
 
 # -----------------------------------------------------------------------------
 # 1. Gather and elementwise: embedding, SwiGLU                        (lesson 7)

@@ -326,17 +326,26 @@ def load_weights(cfg: Config, directory: Path) -> Weights:
 
 def check_memory(needed: int, directory: Path) -> None:
     """Refuses weights that this machine cannot hold, before the system ends the process for it."""
-    present = memory_bytes("SC_PHYS_PAGES")
+    present = total_memory()
     if needed > present:
         raise UserError(f"{directory} needs {format_bytes(needed)} as float32, this machine has "
                         f"{format_bytes(present)} of memory: choose a smaller model")
 
 
-def memory_bytes(pages: str) -> int:
-    """Main memory, all ("SC_PHYS_PAGES") or free ("SC_AVPHYS_PAGES"); without bound if unknown."""
-    if not hasattr(os, "sysconf") or pages not in os.sysconf_names:
+def total_memory() -> int:
+    """Bytes of main memory; without bound where the system does not say."""
+    if not hasattr(os, "sysconf"):
         return 1 << 62
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf(pages)
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def available_memory() -> int:
+    """Bytes that can be had without swapping: Linux says, elsewhere half of all is assumed."""
+    try:
+        found = re.search(r"MemAvailable: +(\d+) kB", Path("/proc/meminfo").read_text())
+    except OSError:
+        found = None
+    return int(found[1]) * 1024 if found else total_memory() // 2
 
 
 def checkpoint_files(directory: Path) -> list[str]:
@@ -1034,7 +1043,7 @@ class Engine:
         self.bytes_per_block = P * floats_per_token * np.dtype(np.float32).itemsize
         if num_blocks is None:
             wanted = self.max_num_seqs * ceil_div(longest, P)
-            budget = cache_bytes or min(DEFAULT_CACHE_BYTES, memory_bytes("SC_AVPHYS_PAGES") // 2)
+            budget = cache_bytes or min(DEFAULT_CACHE_BYTES, available_memory() // 2)
             num_blocks = min(wanted, budget // self.bytes_per_block)
         capacity = num_blocks * P
         if capacity < (max_model_len or 1):
