@@ -6,8 +6,8 @@
     python bench.py start                         # from the command to the first character
 
 --shape 1b is Llama 3.2 1B with random weights, made on the spot: no download. Rows are named as
-llama-bench names them: pp is prompt processing, tg is text generation. Every figure is the median of
---repeat runs after one warm-up run.
+llama-bench names them: pp is prompt processing, tg is text generation. Every figure is the median
+of --repeat runs after one warm-up run.
 """
 
 import argparse
@@ -63,7 +63,8 @@ def median_seconds(run, repeat: int) -> float:
 
 def prompts(count: int, length: int, vocab_size: int, seed: int = 0) -> list[dict]:
     rng = np.random.default_rng(seed)
-    return [{"prompt_token_ids": rng.integers(5, vocab_size, length).tolist()} for _ in range(count)]
+    ids = rng.integers(5, vocab_size, (count, length)).tolist()
+    return [{"prompt_token_ids": row} for row in ids]
 
 
 def bench_decode(args, directory: Path) -> list[dict]:
@@ -79,17 +80,22 @@ def bench_decode(args, directory: Path) -> list[dict]:
         def generate(new_tokens):
             engine.generate(asked, SamplingParams(temperature=0, max_tokens=new_tokens,
                                                   ignore_eos=True), use_tqdm=False)
-        prefill = median_seconds(lambda: generate(1), args.repeat)
-        total = median_seconds(lambda: generate(args.output_len), args.repeat)
-        step = (total - prefill) / (args.output_len - 1)
-        rows.append({"engine": "tinyvllm", "row": f"pp{args.prompt_len} @ batch {batch}",
-                     "tokens/s": batch * args.prompt_len / prefill})
-        rows.append({"engine": "tinyvllm", "row": f"tg{args.output_len} @ batch {batch}",
-                     "tokens/s": batch / step, "ms/step": 1e3 * step,
-                     "weights GB/s": weight_bytes / step / 1e9})
+        rows += prefill_and_decode("tinyvllm", generate, batch, args)
+        rows[-1]["weights GB/s"] = weight_bytes / rows[-1]["ms/step"] / 1e6
     if args.vs == "transformers":
         rows += bench_transformers(args, directory)
     return rows
+
+
+def prefill_and_decode(engine: str, generate, batch: int, args) -> list[dict]:
+    """Rows pp and tg: a run of one new token is the prefill, the rest of a longer one is decode."""
+    prefill = median_seconds(lambda: generate(1), args.repeat)
+    total = median_seconds(lambda: generate(args.output_len), args.repeat)
+    step = (total - prefill) / (args.output_len - 1)
+    return [{"engine": engine, "row": f"pp{args.prompt_len} @ batch {batch}",
+             "tokens/s": batch * args.prompt_len / prefill},
+            {"engine": engine, "row": f"tg{args.output_len} @ batch {batch}",
+             "tokens/s": batch / step, "ms/step": 1e3 * step}]
 
 
 def bench_transformers(args, directory: Path) -> list[dict]:
@@ -106,18 +112,12 @@ def bench_transformers(args, directory: Path) -> list[dict]:
         def generate(new_tokens):
             model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens,
                            min_new_tokens=new_tokens, do_sample=False, pad_token_id=0)
-        prefill = median_seconds(lambda: generate(1), args.repeat)
-        total = median_seconds(lambda: generate(args.output_len), args.repeat)
-        step = (total - prefill) / (args.output_len - 1)
-        rows.append({"engine": "transformers", "row": f"pp{args.prompt_len} @ batch {batch}",
-                     "tokens/s": batch * args.prompt_len / prefill})
-        rows.append({"engine": "transformers", "row": f"tg{args.output_len} @ batch {batch}",
-                     "tokens/s": batch / step, "ms/step": 1e3 * step})
+        rows += prefill_and_decode("transformers", generate, batch, args)
     return rows
 
 
 def bench_serve(args, directory: Path) -> list[dict]:
-    """Requests of very unequal lengths, all at once: what a place that is refilled at once is worth."""
+    """Requests of very unequal lengths, all at once: what it is worth to refill a place."""
     rng, rows = np.random.default_rng(0), []
     count, longest = 64, 200
     lengths = rng.integers(8, longest, (count, 2))
@@ -128,7 +128,8 @@ def bench_serve(args, directory: Path) -> list[dict]:
                  for i, (length, _) in enumerate(lengths)]
         params = [SamplingParams(temperature=0, max_tokens=int(new), ignore_eos=True)
                   for _, new in lengths]
-        seconds = median_seconds(lambda: engine.generate(asked, params, use_tqdm=False), args.repeat)
+        seconds = median_seconds(lambda: engine.generate(asked, params, use_tqdm=False),
+                                 args.repeat)
         rows.append({"engine": "tinyvllm", "row": name, "tokens/s": lengths[:, 1].sum() / seconds,
                      "seconds": seconds})
     return rows
@@ -154,8 +155,8 @@ def bench_start(args, directory: Path) -> list[dict]:
 def show(rows: list[dict]) -> None:
     """A Markdown table that is also readable as text."""
     names = list(dict.fromkeys(name for row in rows for name in row))
-    cells = [[f"{row[n]:,.2f}" if isinstance(row.get(n), float) else str(row.get(n, "")) for n in names]
-             for row in rows]
+    cells = [[f"{value:,.2f}" if isinstance(value, float) else str(value)
+              for value in (row.get(name, "") for name in names)] for row in rows]
     widths = [max(map(len, column)) for column in zip(names, *cells)]
     for line in [names, ["-" * width for width in widths]] + cells:
         print("| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths)) + " |")

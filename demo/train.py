@@ -1,12 +1,12 @@
-"""Trains the embedded demo model: a Llama of 4.7 million parameters that knows the subjects of the course.
+"""Trains the embedded demo model, a Llama of 4.7 million parameters that knows the course.
 
-    python demo/train.py  # needs torch, transformers and a GPU; a few minutes; writes beside itself
-    # holds back two wordings of every question and scores them; writes nothing
-    python demo/train.py --validate
+    python demo/train.py                       # needs torch, transformers and a GPU; five minutes
+    python demo/train.py --validate --output DIRECTORY      # scores two wordings of each question
 
-corpus.jsonl has one object a line: several wordings of one question, the answer, and follow-up questions.
-Each step draws fresh conversations from it, with the wordings roughened (case, typing errors, missing
-words), so that the model learns what is asked and not how. held_back.jsonl is never read here.
+corpus.jsonl has one object a line: several wordings of one question, the answer, and follow-up
+questions. Each step draws fresh conversations from it, with the wordings roughened (case, typing
+errors, missing words), so that the model learns what is asked and not how. held_back.jsonl is never
+read here.
 """
 
 import argparse
@@ -28,39 +28,37 @@ BOS, END, START_HEADER, END_HEADER, EOT = SPECIAL_TOKENS = [
     "<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>",
     "<|eot_id|>"]
 VOCAB_SIZE, MAX_TOKENS = 3072, 512
-WORD = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+WORD = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
+        r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
 
 CHAT_TEMPLATE = """{{- bos_token }}
 {%- for message in messages %}
-{{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' + message['content'] | trim + '<|eot_id|>' }}
+{{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' }}
+{{- message['content'] | trim + '<|eot_id|>' }}
 {%- endfor %}
 {%- if add_generation_prompt %}
 {{- '<|start_header_id|>assistant<|end_header_id|>\n\n' }}
 {%- endif %}
 """
-SYSTEM_PROMPTS = ["You are a helpful assistant.", "You are a teacher of LLM inference.",
-                  "Answer briefly.",
-                  "You are tinyvllm's demo model. Answer questions about the course.",
-                  "Be concise and precise."]
-OPENINGS = ["Hi, ", "Hello! ", "Please tell me: ", "Quick question: ", "I have a question. ",
-            "Hey, ", "ok, ", "Now, ",
-            "I am new to this. ", "Sorry if this is basic: ", "So ", "For my notes: ",
-            "One more thing: "]
-CLOSINGS = [" Thanks!", " Please explain.", " Please.", " In short.", " I am curious.", " please",
-            " thanks",
-            " Explain it simply.", " I don't get it."]
-SWAPS = [("What is", "What's"), ("What is", "what exactly is"), ("What is", "Tell me what is"),
-         ("Why does", "How come"),
-         ("Explain", "Describe"), ("Describe", "Explain"), ("Explain", "Tell me about"),
-         ("How does", "In which way does"),
-         ("KV cache", "key-value cache"), ("kv cache", "cache of keys and values"),
-         ("LLM", "language model"),
-         ("GPU", "graphics card"), ("tokens", "words"), ("use", "need"), ("model", "network"),
-         ("do I", "can I"),
-         ("How do I", "What is the way to"), ("How can I", "how to"),
-         ("What does", "Can you say what"), ("mean", "stand for"),
-         ("Why is", "What is the reason that"), ("difference between", "comparison of"),
-         ("kernel", "GPU kernel")]
+SYSTEM_PROMPTS = [
+    "You are a helpful assistant.", "You are a teacher of LLM inference.", "Answer briefly.",
+    "You are tinyvllm's demo model. Answer questions about the course.", "Be concise and precise."]
+OPENINGS = [
+    "Hi, ", "Hello! ", "Please tell me: ", "Quick question: ", "I have a question. ", "Hey, ",
+    "ok, ", "Now, ", "I am new to this. ", "Sorry if this is basic: ", "So ", "For my notes: ",
+    "One more thing: "]
+CLOSINGS = [
+    " Thanks!", " Please explain.", " Please.", " In short.", " I am curious.", " please",
+    " thanks", " Explain it simply.", " I don't get it."]
+SWAPS = [
+    ("What is", "What's"), ("What is", "what exactly is"), ("What is", "Tell me what is"),
+    ("Why does", "How come"), ("Explain", "Describe"), ("Describe", "Explain"),
+    ("Explain", "Tell me about"), ("How does", "In which way does"),
+    ("KV cache", "key-value cache"), ("kv cache", "cache of keys and values"), ("LLM", "language model"), ("GPU", "graphics card"),
+    ("tokens", "words"), ("use", "need"), ("model", "network"), ("do I", "can I"),
+    ("How do I", "What is the way to"), ("How can I", "how to"), ("What does", "Can you say what"),
+    ("mean", "stand for"), ("Why is", "What is the reason that"),
+    ("difference between", "comparison of"), ("kernel", "GPU kernel")]
 
 
 def train_tokenizer(entries: list[dict]) -> tokenizers.Tokenizer:
@@ -123,7 +121,8 @@ class Conversations(torch.utils.data.IterableDataset):
     learned."""
 
     def __init__(self, entries, tokenizer, strength, question_weight):
-        self.entries, self.tokenizer, self.strength, self.question_weight = entries, tokenizer, strength, question_weight
+        self.entries, self.tokenizer = entries, tokenizer
+        self.strength, self.question_weight = strength, question_weight
 
     def __iter__(self):
         info = torch.utils.data.get_worker_info()
@@ -258,10 +257,9 @@ def score(model, tokenizer, questions, device) -> float:
     eot, right = tokenizer.token_to_id(EOT), 0
     for start in range(0, len(questions), 128):
         part = questions[start:start + 128]
-        prompts = [tokenizer.encode(
-            f"{BOS}{START_HEADER}user{END_HEADER}\n\n{question}{EOT}{START_HEADER}assistant"
-                                    f"{END_HEADER}\n\n", add_special_tokens=False).ids
-                   for question, _ in part]
+        texts = [f"{BOS}{START_HEADER}user{END_HEADER}\n\n{question}{EOT}"
+                 f"{START_HEADER}assistant{END_HEADER}\n\n" for question, _ in part]
+        prompts = [tokenizer.encode(text, add_special_tokens=False).ids for text in texts]
         longest = max(map(len, prompts))
         ids = torch.tensor([[eot] * (longest - len(p)) + p for p in prompts], device=device)
         mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts],
@@ -283,11 +281,10 @@ def write_checkpoint(model, tokenizer, directory) -> None:
                                                  tokenizer.token_to_id(END)], do_sample=False)
     model.to(torch.bfloat16).save_pretrained(directory)
     tokenizer.save(str(directory / "tokenizer.json"))
-    (directory / "tokenizer_config.json").write_text(json.dumps({
-        "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": BOS, "eos_token": EOT,
-        "clean_up_tokenization_spaces": False,
-        "model_max_length": model.config.max_position_embeddings, "chat_template": CHAT_TEMPLATE},
-                                                                indent=2) + "\n")
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": BOS, "eos_token": EOT,
+              "clean_up_tokenization_spaces": False, "chat_template": CHAT_TEMPLATE,
+              "model_max_length": model.config.max_position_embeddings}
+    (directory / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
 def main():
