@@ -1135,8 +1135,7 @@ class Engine:
         return request
 
     def read_prompt(self, prompt) -> tuple[str | None, list[int]]:
-        """Text and ids of a prompt: a str, {"prompt": str}, {"prompt_token_ids": [...]}, or a list
-        of ids."""
+        """Text and ids of a str, {"prompt": str}, {"prompt_token_ids": [...]} or a list of ids."""
         text, ids = None, prompt
         if isinstance(prompt, dict):
             unknown = prompt.keys() - {"prompt", "prompt_token_ids"}
@@ -1230,8 +1229,7 @@ class Engine:
         return True
 
     def cached_prefix(self, seq: Sequence) -> list[int]:
-        """Blocks that hold the beginning of seq already. Its last token is never among them: its
-        logits are wanted."""
+        """Blocks that hold seq's beginning already; not its last token: it wants logits."""
         if not self.enable_prefix_caching or seq.params.prompt_logprobs is not None:
             return []
         hits, longest = [], (len(seq.token_ids) - 1) // self.block_size
@@ -1589,8 +1587,7 @@ class Engine:
         return self.tokenizer
 
     def get_default_sampling_params(self) -> SamplingParams:
-        """What generation_config.json recommends; greedy where it does not ask for sampling, as in
-        transformers."""
+        """What generation_config.json recommends; greedy unless it asks for sampling."""
         return SamplingParams(**recommended_sampling(self.generation_config))
 
 
@@ -1812,8 +1809,7 @@ def sampling_from_flags(args: argparse.Namespace,
 
 @contextmanager
 def interrupt_between_steps(engine: Engine):
-    """Ctrl-C waits for the end of the step, so that nothing is left half done; a second one does
-    not."""
+    """Ctrl-C waits for the end of the step, so nothing is left half done; a second one does not."""
     def remember(signum, frame):
         engine.interrupted = True
         signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -1894,8 +1890,7 @@ CHAT_HELP = """/set system TEXT            what the model is told before the con
 
 
 def chat_loop(engine: Engine, params: SamplingParams, args: argparse.Namespace) -> int:
-    """ollama's manners: one line is one message, slash commands, Ctrl-C stops the answer, Ctrl-D
-    leaves."""
+    """ollama's manners: a line is a message, Ctrl-C stops the answer, Ctrl-D leaves."""
     if importlib.util.find_spec("readline"):
         import readline                 # noqa: F401  importing it gives input() history and editing
     system, history = args.system_prompt, []
