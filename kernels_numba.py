@@ -322,7 +322,7 @@ def rope_ref(qk, cos, sin, positions):
 
     qk (T, H+G, D), cos and sin (positions, D/2), positions (T,) int32.
     subtle: Hugging Face checkpoints pair channel i with i + D/2, not with its neighbour i + 1. The
-    wrong pairing still produces plausible text (lesson 6).
+    wrong pairing raises no error, and still gives words (lesson 6).
     """
     half = qk.shape[2] // 2
     c, s = cos[positions][:, None], sin[positions][:, None]       # (T, 1, D/2), for every head

@@ -152,7 +152,7 @@ def load_config(directory: Path) -> Config:
         max_position_embeddings=number("max_position_embeddings"),
         tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
         rope_theta=float(rope["rope_theta"]), rope_scaling=rope,
-        eos_token_ids=eos_token_ids(raw, directory))
+        eos_token_ids=eos_token_ids(raw, path))
 
 
 def refuse_unsupported(raw: dict, path: Path) -> None:
@@ -196,15 +196,13 @@ def generation_config(directory: Path) -> dict:
     return read_json(path) if path.exists() else {}
 
 
-def eos_token_ids(raw: dict, directory: Path) -> frozenset[int]:
-    """Those of config.json and generation_config.json: Llama 3.2 Instruct has three."""
-    ids = []
-    for source in (raw, generation_config(directory)):
-        value = source.get("eos_token_id")
-        ids += value if isinstance(value, list) else [] if value is None else [value]
+def eos_token_ids(raw: dict, path: Path) -> frozenset[int]:
+    """Those that config.json or generation_config.json lists: Llama 3.2 Instruct has three."""
+    value = raw.get("eos_token_id")
+    ids = value if isinstance(value, list) else [] if value is None else [value]
     for token in ids:
         if not is_token_id(token, 1 << 32):
-            raise UserError(f"{directory}: eos_token_id holds {token!r}, expected token ids")
+            raise UserError(f"{path}: eos_token_id holds {token!r}, expected token ids")
     return frozenset(ids)
 
 
@@ -996,6 +994,8 @@ class Engine:
         self.tokenizer = load_tokenizer(
             find_checkpoint(tokenizer, None, hf_token) if tokenizer else directory)
         self.eos_token_ids = set(self.cfg.eos_token_ids)
+        self.eos_token_ids |= eos_token_ids(self.generation_config,
+                                            directory / "generation_config.json")
         if self.tokenizer and self.tokenizer.eos_token_id is not None:
             self.eos_token_ids.add(self.tokenizer.eos_token_id)
         # an id that the model has no logit for can never be chosen
@@ -1026,7 +1026,6 @@ class Engine:
         self.batch: Batch | None = None            # the last step's
         self.num_preemptions = 0
         self.num_tokens = {"prefill": 0, "decode": 0}
-        self.seconds = {"prefill": 0.0, "decode": 0.0}
 
     # ---- memory ----
 
@@ -1347,7 +1346,7 @@ class Engine:
 
     def step(self) -> list[RequestOutput]:
         """Runs one step, and returns the requests that got a token or ended in it."""
-        started, batch = time.perf_counter(), None
+        batch = None
         try:
             batch = self.batch = self.schedule()
             if batch is None:
@@ -1370,7 +1369,6 @@ class Engine:
                 self.finish(seq, "error" if isinstance(error, Exception) else "abort")
             raise
         self.num_tokens[batch.kind] += len(batch.tokens)
-        self.seconds[batch.kind] += time.perf_counter() - started
         grown = dict.fromkeys(batch.sequences[b].request for b in ready)
         return [request.output() for request in grown]
 
@@ -1761,8 +1759,8 @@ def run_command(args: argparse.Namespace) -> int:
     params, sources = sampling_from_flags(args, engine)
     if args.stats:
         note(engine.describe())
-        note("sampling: " + ", ".join(f"{name} {getattr(params, name)} ({source})" for name,
-                                      source in sources.items()))
+        note("sampling: " + ", ".join(f"{name} {getattr(params, name)} ({source})"
+                                      for name, source in sources.items()))
     if args.chat:
         return chat_loop(engine, params, args)
     system = [{"role": "system", "content": args.system_prompt}] if args.system_prompt else []
