@@ -1,15 +1,21 @@
 """Every operation of the engine, in the order of the course.
 
-Each operation is a NumPy twin (`*_ref`), a GPU kernel with its card, a launcher, and its place in
-the tables at the end. The twin is the documentation of what is computed, the oracle of the tests,
-and what `--device cpu` runs on; it computes in the dtype it is given, float32 through BLAS. Twin
-and launcher write their result into their first argument, one of the engine's fixed buffers.
+Each operation is four things, adjacent and in this order: a NumPy twin (`*_ref`), a GPU kernel with
+its card, a launcher, and its row in `KERNELS` at the end. The twin is the documentation of what is
+computed, the oracle of the tests, and what `--device cpu` runs on; it computes in the dtype it is
+given, float32 through BLAS. Twin and launcher write their result into their first argument.
 
-The kernels here are the first rung of each ladder: one thread, or one thread block, for an output,
-nothing clever. They run unchanged in Numba's simulator (`--device sim`), where pdb works in them.
+Where an operation has several kernels they are a ladder: each rung is named by its idea, computes
+the same, and runs faster; the engine takes the last that the GPU and the shapes allow (`RUNGS`).
 
-To copy a kernel out, take it with the constants above it that it names; its launcher accepts
-anything with `__cuda_array_interface__`.
+Every kernel runs unchanged in Numba's simulator, tensor cores included, because each instruction
+that Numba does not know is defined here with a plain-Python emulation (section 1).
+
+Elements are float32, float16, or bfloat16 stored as uint16; arithmetic and sums are float32. Numba
+compiles a kernel for the types it is called with, so one source serves all three.
+
+To copy a kernel out, take it with the names that its source uses; its launcher accepts anything
+with `__cuda_array_interface__` (Numba, CuPy, PyTorch; view a bfloat16 tensor as uint16).
 
 Dimension key (capitals are extents, lower case indexes them)
     T  tokens in this step, all requests packed, no padding      C  hidden size
@@ -17,30 +23,41 @@ Dimension key (capitals are extents, lower case indexes them)
     S  tokens of context one query can see                       V  vocabulary
     H  query heads        G  key/value heads; head h reads g = h // R, R = H // G
     D  head_dim           P  tokens per KV block (block_size)    N, K  rows and columns of a weight
+    E  bytes of an element, in the cards' formulas
 
 *Block* alone always means a block of the KV cache; a group of CUDA threads is a *thread block*.
 """
 
+import inspect
+import itertools
 import math
 import sys
+import threading
 import warnings
 from types import SimpleNamespace
 
+import ml_dtypes
 import numpy as np
-from numba import config, cuda, float32
+from numba import config, cuda, float32, int32, uint16, uint32, uint64
 
 SIMULATOR = bool(config.ENABLE_CUDASIM)
 if SIMULATOR:
     sys.setswitchinterval(1e-4)         # its threads hand over at each barrier: 50 times as often
+else:
+    from llvmlite import ir
+    from numba import types
+    from numba.cuda.extending import intrinsic
 
 # a step of one token is a small grid, and is meant to be
 warnings.filterwarnings("ignore", message=".*Grid size .* low occupancy")
 
-# threads in a thread block, a power of two; the simulator starts one Python thread for each
-THREADS = 32 if SIMULATOR else 256
+# threads in a thread block, whole warps; the simulator starts one Python thread for each
+WARP = 32
+THREADS = WARP if SIMULATOR else 256
 
 # subtle: a bare 0.0 or 1.0 is a double in Numba, and so becomes everything it touches
-ZERO, ONE, NEG_INF = np.float32(0), np.float32(1), np.float32(-np.inf)
+ZERO, ONE = np.float32(0), np.float32(1)
+INF, NEG_INF, LOG2E = np.float32(np.inf), np.float32(-np.inf), np.float32(np.log2(np.e))
 
 
 def ceil_div(a, b):
@@ -48,7 +65,428 @@ def ceil_div(a, b):
 
 
 # -----------------------------------------------------------------------------
-# 1. Gather and elementwise: embedding, SwiGLU                        (lesson 7)
+# 1. Instructions                                                     (lesson 9)
+#
+# One PTX instruction becomes one device function. Below each decorator stands what the instruction
+# does, in plain Python: that is what runs in the simulator, and what a reader can step through.
+# Instructions of a whole warp meet in `together`.
+
+
+def instruction(text, *operands, keep=True):
+    """Decorator: a device function that is one PTX instruction, {0}, {1}, ... being its operands.
+
+    "=r" "=f"            a result (32-bit word, float32), returned
+    "r" "f"              a value: one argument
+    "global" "shared"    an address: two arguments, an array and a flat index into its elements
+    "4r" "=4r" "+4f"     registers read, written, or both: two arguments, a local array and an index
+    "dtype"              no operand: one argument, an array whose type replaces DTYPE in the text
+
+    keep  it reads or writes memory, or waits: it must neither move nor vanish.
+    """
+    def decorate(emulation):
+        if SIMULATOR:
+            return emulation
+
+        def define(typing_context, *argument_types):
+            return typed_instruction(text, operands, keep, list(argument_types))
+        context = inspect.Parameter("typing_context", inspect.Parameter.POSITIONAL_ONLY)
+        parameters = inspect.signature(emulation).parameters.values()
+        define.__signature__ = inspect.Signature([context, *parameters])
+        define.__name__, define.__doc__ = emulation.__name__, emulation.__doc__
+        return intrinsic(define)
+    return decorate
+
+
+def typed_instruction(text, operands, keep, given):
+    """What Numba asks of an intrinsic: its signature, and a function that emits it."""
+    numba_types = {"r": types.uint32, "f": types.float32}
+    taken, returned = [], []
+    for operand in operands:
+        if operand in ("=r", "=f"):
+            returned.append(numba_types[operand[1]])
+        elif operand in ("r", "f"):
+            given.pop(0)
+            taken.append(numba_types[operand])
+        else:
+            taken.append(given.pop(0))                                 # an array
+            if operand == "dtype":
+                ptx_type = {types.uint16: "bf16", types.float16: "f16"}[taken[-1].dtype]
+                text = text.replace("DTYPE", ptx_type)
+            else:
+                given.pop(0)
+                taken.append(types.int64)                              # and its index
+    result = types.void if not returned else returned[0] if len(returned) == 1 \
+        else types.Tuple(returned)
+
+    def emit(context, builder, signature, values):
+        arguments = list(zip(signature.args, values))
+        results = emit_instruction(text, operands, keep, context, builder, arguments)
+        if not results:
+            return context.get_dummy_value()
+        return results[0] if len(results) == 1 else context.make_tuple(builder, result, results)
+    return result(*taken), emit
+
+
+def emit_instruction(text, operands, keep, context, builder, arguments):
+    """Inline assembly; LLVM numbers all outputs before all inputs, `+` registers are in both."""
+    llvm_types = {"r": ir.IntType(32), "f": ir.FloatType()}
+    outputs, inputs, tied, names = [], [], [], []
+
+    def data_and_index():
+        (array_type, array), (_, index) = arguments.pop(0), arguments.pop(0)
+        return context.make_array(array_type)(context, builder, array).data, index, array_type.dtype
+
+    def element():
+        data, index, _ = data_and_index()
+        return builder.gep(data, [index])
+
+    def output(letter, register):
+        outputs.append((letter, register))
+        return f"${len(outputs) - 1}"
+
+    def input_(constraint, value):
+        inputs.append((constraint, value))
+        return f"INPUT{len(inputs) - 1};"
+
+    for operand in operands:
+        letter = operand[-1]
+        if operand in ("=r", "=f"):
+            names.append(output(letter, None))
+        elif operand in ("r", "f"):
+            names.append(input_(letter, arguments.pop(0)[1]))
+        elif operand == "global":
+            names.append(input_("l", builder.ptrtoint(element(), ir.IntType(64))))
+        elif operand == "shared":
+            # subtle: in 32 bits from the start, then constant parts of the index cost nothing
+            data, index, dtype = data_and_index()
+            first = builder.ptrtoint(builder.addrspacecast(
+                data, ir.PointerType(ir.IntType(8), 3)), ir.IntType(32))
+            offset = builder.mul(builder.trunc(index, ir.IntType(32)),
+                                 ir.IntType(32)(dtype.bitwidth // 8))
+            names.append(input_("r", builder.add(first, offset)))
+        elif operand == "dtype":
+            arguments.pop(0)
+        else:
+            first, count = element(), int(operand.strip("=+rf"))
+            registers = [builder.gep(first, [ir.IntType(64)(i)]) for i in range(count)]
+            if operand[0] == "+":
+                tied += [(str(len(outputs) + i), builder.load(registers[i])) for i in range(count)]
+            written = operand[0] in "=+"
+            parts = [output(letter, register) if written else input_(letter, builder.load(register))
+                     for register in registers]
+            names.append("{" + ", ".join(parts) + "}")
+    filled = text.format(*names)
+    for i in reversed(range(len(inputs))):
+        filled = filled.replace(f"INPUT{i};", f"${len(outputs) + i}")
+    constraints = ["=" + letter for letter, _ in outputs] + [c for c, _ in inputs + tied]
+    constraints += ["~{memory}"] * keep
+    types_out = [llvm_types[letter] for letter, _ in outputs]
+    returned = ir.VoidType() if not outputs else types_out[0] if len(outputs) == 1 \
+        else ir.LiteralStructType(types_out)
+    values = [value for _, value in inputs + tied]
+    assembly = ir.InlineAsm(ir.FunctionType(returned, [value.type for value in values]), filled,
+                            ",".join(constraints), side_effect=keep)
+    call = builder.call(assembly, values)
+    produced = [call] if len(outputs) == 1 else [builder.extract_value(call, i)
+                                                 for i in range(len(outputs))]
+    for (_, register), value in zip(outputs, produced):
+        if register is not None:
+            builder.store(value, register)
+    return [value for (_, register), value in zip(outputs, produced) if register is None]
+
+
+def flat(array):
+    """Simulator: the elements of an array in memory order."""
+    array = getattr(getattr(array, "_item", array), "_ary", array)
+    return array.reshape(-1)
+
+
+class WarpMeeting:
+    """Simulator: where the 32 threads of a warp hand in their values and take out their results."""
+
+    def __init__(self):
+        # two sets, or a fast lane's next value would meet a slow one still reading
+        self.values, self.results = ([None] * WARP, [None] * WARP), [None, None]
+        self.turns, self.arrivals = [0] * WARP, itertools.count(1)
+        self.doors = [threading.Lock() for _ in range(WARP)]
+        for door in self.doors:
+            door.acquire()
+
+    def attend(self, lane, value, compute):
+        side = self.turns[lane] % 2
+        self.turns[lane] += 1
+        self.values[side][lane] = value
+        if next(self.arrivals) % WARP:
+            self.doors[lane].acquire()             # until the last lane opens it
+        else:
+            self.results[side] = compute(self.values[side])
+            for other in range(WARP):
+                if other != lane:
+                    self.doors[other].release()
+        return self.results[side][lane]
+
+
+def together(value, compute):
+    """Simulator: the warp's 32 values go to `compute`, and each lane gets its item of the result.
+
+    Whole warps must come here, as the hardware's `.sync` instructions require too.
+    """
+    thread = threading.current_thread()            # Numba runs each CUDA thread in one of Python's
+    meetings = thread._manager.__dict__.setdefault("warp_meetings", {})
+    warp, lane = divmod(thread.thread_id, WARP)
+    meeting = meetings.get(warp) or meetings.setdefault(warp, WarpMeeting())
+    return meeting.attend(lane, value, compute)
+
+
+@instruction("shfl.sync.bfly.b32 {0}, {1}, {2}, 0x1f, 0xffffffff;", "=f", "f", "r")
+def shuffle_xor(value, mask):
+    """The value of lane ^ mask.
+
+    mask 4   lanes 0 1 2 3 4 5 6 7 -> 4 5 6 7 0 1 2 3
+    """
+    return together(value, lambda values: [values[lane ^ int(mask)] for lane in range(WARP)])
+
+
+@instruction("shfl.sync.idx.b32 {0}, {1}, {2}, 0x1f, 0xffffffff;", "=r", "r", "r")
+def shuffle(word, lane):
+    """The word of that lane."""
+    return together((word, int(lane)), lambda given: [given[source][0] for _, source in given])
+
+
+@instruction("mov.b32 {0}, {1};", "=r", "f", keep=False)
+def float_bits(x):
+    """The bits of a float32 as a word."""
+    return np.float32(x).view(np.uint32)
+
+
+@instruction("mov.b32 {0}, {1};", "=f", "r", keep=False)
+def bits_float(word):
+    """The float32 that a word's bits spell."""
+    return np.uint32(word).view(np.float32)
+
+
+@instruction("ex2.approx.ftz.f32 {0}, {1};", "=f", "f", keep=False)
+def exp2(x):
+    """2 ** x, to 2 bits of the last place; 0 for -inf."""
+    with np.errstate(over="ignore"):
+        return np.exp2(np.float32(x))
+
+
+@instruction("ld.global.nc.L1::no_allocate.L2::128B.v4.u32 {0}, [{1}];", "=4r", "global")
+def load_once(words, i, array, index):
+    """16 bytes of memory that nobody writes and nobody reads again: weights."""
+    words[i:i + 4] = flat(array)[index:index + 16 // array.dtype.itemsize].view(np.uint32)
+
+
+@instruction("ld.global.v4.u32 {0}, [{1}];", "=4r", "global")
+def load_16_bytes(words, i, array, index):
+    """16 bytes of memory, which must lie at a multiple of 16."""
+    words[i:i + 4] = flat(array)[index:index + 16 // array.dtype.itemsize].view(np.uint32)
+
+
+@instruction("ld.global.u32 {0}, [{1}];", "=r", "global")
+def load_pair(array, index):
+    """Two 16-bit elements, the first in the lower half of the word."""
+    return flat(array)[index:index + 2].view(np.uint32)[0]
+
+
+@instruction("st.global.u32 [{0}], {1};", "global", "r")
+def store_pair(array, index, word):
+    """Two 16-bit elements from a word."""
+    flat(array)[index:index + 2].view(np.uint32)[0] = word
+
+
+@instruction("cvt.rn.DTYPEx2.f32 {0}, {2}, {1};", "=r", "f", "f", "dtype", keep=False)
+def pack(low, high, like):
+    """Two float32 rounded to 16 bits each, the first in the lower half of the word."""
+    kind = np.float16 if like.dtype == np.float16 else ml_dtypes.bfloat16
+    return np.array([low, high], np.float32).astype(kind).view(np.uint32)[0]
+
+
+@instruction("cp.async.cg.shared.global [{0}], [{1}], 16, {2};", "shared", "global", "r")
+def copy_async(target, i, source, index, size):
+    """Starts a copy of 16 bytes to shared memory, past the registers; size 0 writes zeros."""
+    count = 16 // target.dtype.itemsize
+    target[i:i + count] = flat(source)[index:index + count].view(target.dtype) if size else 0
+
+
+@instruction("cp.async.commit_group;")
+def copies_commit():
+    """The copies started since the last commit are one group."""
+
+
+@instruction("cp.async.wait_group 0;")
+def copies_wait_all():
+    """Waits until all groups of this thread have landed."""
+
+
+@instruction("cp.async.wait_group 1;")
+def copies_wait_but_1():
+    """Waits until at most the newest group of this thread is under way."""
+
+
+@instruction("cp.async.wait_group 2;")
+def copies_wait_but_2():
+    """Waits until at most the two newest groups of this thread are under way."""
+
+
+def matrices_of(given, transpose):
+    """Simulator: four 8x8 matrices from the 32 row addresses, dealt out as ldmatrix deals them."""
+    rows = np.array([array[i:i + 8].view(np.uint16) for array, i in given]).reshape(4, 8, 8)
+    if transpose:
+        rows = rows.transpose(0, 2, 1)
+    dealt = np.ascontiguousarray(rows).view(np.uint32)                 # (matrix, row, 4 pairs)
+    return [dealt[:, lane // 4, lane % 4] for lane in range(WARP)]
+
+
+@instruction("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {0}, [{1}];", "=4r", "shared")
+def load_matrices(words, w, array, i):
+    """Four 8x8 matrices of 16-bit elements; lanes 8m to 8m+7 give the rows of matrix m.
+
+    Lane l gets elements 2*(l%4) and 2*(l%4)+1 of row l//4 of each matrix: a fragment of `mma`.
+    """
+    words[w:w + 4] = together((array, int(i)), lambda given: matrices_of(given, False))
+
+
+@instruction("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {0}, [{1}];", "=4r", "shared")
+def load_matrices_transposed(words, w, array, i):
+    """The same, each matrix transposed: lane l gets rows 2*(l%4) and the next of column l//4."""
+    words[w:w + 4] = together((array, int(i)), lambda given: matrices_of(given, True))
+
+
+def multiply_fragments(given, kind):
+    """Simulator: gathers the fragments of a warp into A (16, 16) and B (8, 16), and multiplies."""
+    a, b = np.empty((16, 16), np.float32), np.empty((8, 16), np.float32)
+    for lane, (_, a_words, b_words) in enumerate(given):
+        row, column = lane // 4, lane % 4 * 2
+        halves = np.array(a_words, np.uint32).view(kind).astype(np.float32)
+        for i in range(4):                             # upper left, lower left, right, lower right
+            a[row + i % 2 * 8, column + i // 2 * 8:][:2] = halves[2 * i:2 * i + 2]
+        halves = np.array(b_words, np.uint32).view(kind).astype(np.float32)
+        b[row, column:column + 2], b[row, column + 8:column + 10] = halves[:2], halves[2:]
+    product = a @ b.T                                                          # (16, 8)
+    results = []
+    for lane, (c, _, _) in enumerate(given):
+        row, column = lane // 4, lane % 4 * 2
+        own = [*product[row, column:column + 2], *product[row + 8, column:column + 2]]
+        results.append(np.asarray(c, np.float32) + np.array(own, np.float32))
+    return results
+
+
+@instruction("mma.sync.aligned.m16n8k16.row.col.f32.DTYPE.DTYPE.f32 {0}, {1}, {2}, {0};",
+             "+4f", "4r", "2r", "dtype", keep=False)
+def mma(c, i, a, j, b, k, like):
+    """C (16, 8) f32 += A (16, 16) @ B (8, 16)^T of 16-bit elements, spread over the warp's lanes.
+
+    lane l holds  C  row l//4, columns 2*(l%4) and the next, then the same of row l//4 + 8
+                  A  row l//4 and l//4 + 8 at k = 2*(l%4), then both at k = 2*(l%4) + 8, in pairs
+                  B  row l//4 at k = 2*(l%4), then at k = 2*(l%4) + 8, in pairs
+    """
+    kind = np.float16 if like.dtype == np.float16 else ml_dtypes.bfloat16
+    c[i:i + 4] = together((c[i:i + 4].copy(), a[j:j + 4].copy(), b[k:k + 2].copy()),
+                          lambda given: multiply_fragments(given, kind))
+
+
+# Programmatic dependent launch: a kernel may begin while the one before it still runs. Invariant:
+# every kernel calls wait_for_inputs before it touches anything that another kernel writes; what it
+# does earlier, as loading weights, overlaps the end of the kernel before.
+
+if SIMULATOR:
+    def start_next_kernel():
+        """Lets the next kernel of the stream begin as soon as there is room."""
+
+    def wait_for_inputs():
+        """Waits until all kernels before this one have ended and their writes are visible."""
+else:
+    def dependent_launch(text):
+        """An instruction that GPUs before Hopper neither have nor need."""
+        def define(typing_context):
+            def emit(context, builder, signature, values):
+                from numba.cuda.core import targetconfig
+                if targetconfig.ConfigStack().top().compute_capability >= (9, 0):
+                    emit_instruction(text, (), True, context, builder, [])
+                return context.get_dummy_value()
+            return types.void(), emit
+        return intrinsic(define)
+
+    start_next_kernel = dependent_launch("griddepcontrol.launch_dependents;")
+    wait_for_inputs = dependent_launch("griddepcontrol.wait;")
+
+
+# The three element types: `widen` reads one as float32, `narrow` rounds a float32 to an array's.
+
+if SIMULATOR:
+    def widen(x):
+        """float32 of an element: bfloat16 is the upper half of a float32 (lesson 2)."""
+        if isinstance(x, np.uint16):
+            return (np.uint32(x) << np.uint32(16)).view(np.float32)
+        return np.float32(x)
+
+    def narrow(x, like):
+        """A float32 as an element of `like`, rounded to nearest even."""
+        if like.dtype == np.uint16:
+            return np.float32(x).astype(ml_dtypes.bfloat16).view(np.uint16)
+        with np.errstate(over="ignore"):
+            return like.dtype.type(x)
+else:
+    @intrinsic
+    def widen(typing_context, x):
+        """float32 of an element: bfloat16 is the upper half of a float32 (lesson 2)."""
+        def emit(context, builder, signature, values):
+            if x == types.uint16:
+                word = builder.zext(values[0], ir.IntType(32))
+                return builder.bitcast(builder.shl(word, ir.IntType(32)(16)), ir.FloatType())
+            return context.cast(builder, values[0], x, types.float32)
+        return types.float32(x), emit
+
+    @intrinsic
+    def narrow(typing_context, x, like):
+        """A float32 as an element of `like`, rounded to nearest even."""
+        def emit(context, builder, signature, values):
+            if like.dtype == types.uint16:
+                word = ir.IntType(32)
+                bits = builder.bitcast(values[0], word)
+                odd = builder.and_(builder.lshr(bits, word(16)), word(1))
+                rounded = builder.add(builder.add(bits, word(0x7FFF)), odd)
+                is_nan = builder.fcmp_unordered("uno", values[0], values[0])
+                rounded = builder.select(is_nan, word(0x7FC00000), rounded)
+                return builder.trunc(builder.lshr(rounded, word(16)), ir.IntType(16))
+            return context.cast(builder, values[0], types.float32, like.dtype)
+        return like.dtype(types.float32, like), emit
+
+
+# -----------------------------------------------------------------------------
+# 2. Sums over a warp and a thread block                              (lesson 5)
+
+
+@cuda.jit(device=True)
+def warp_sum(value):
+    """Sum of `value` over the 32 lanes, the same bits for all of them.
+
+    [ a b c d ] -> +lane^2: [ a+c b+d c+a d+b ] -> +lane^1: [ a+c+b+d  b+d+a+c  ... ]
+    """
+    for mask in (16, 8, 4, 2, 1):
+        value += shuffle_xor(value, mask)
+    return value
+
+
+@cuda.jit(device=True)
+def block_sum(value):
+    """Sum of `value` over the threads of a thread block, the same for all of them."""
+    partial = cuda.shared.array(WARP, float32)
+    tid, total = cuda.threadIdx.x, ZERO
+    value = warp_sum(value)
+    if tid % WARP == 0:
+        partial[tid // WARP] = value
+    cuda.syncthreads()                     # else a thread adds a partial that is not written yet
+    for warp in range(cuda.blockDim.x // WARP):
+        total += partial[warp]
+    cuda.syncthreads()                     # else the next sum overwrites what a slow thread reads
+    return total
+
+
+# -----------------------------------------------------------------------------
+# 3. Gather and elementwise: embedding, add, SwiGLU           (lessons 4 and 7)
 #
 # A few operations for each byte moved, which is why lesson 7 folds them into their neighbours.
 
@@ -62,21 +500,51 @@ def embedding_ref(out, tokens, table):
 def embedding_kernel(out, tokens, table):
     """out[t,c] = table[tokens[t],c]
 
-    out    (T, C) f32   written
-    tokens (T,)   i32   read
-    table  (V, C) f32   T rows read
+    out    (T, C) f32 f16 bf16   written
+    tokens (T,)   i32            read
+    table  (V, C) as out         T rows read
     launch grid T, thread block THREADS; one thread block owns one token
-    moves  8*T*C + 4*T bytes, does 0 flops: bandwidth-bound
+    moves  2*T*C*E + 4*T bytes, does 0 flops: bandwidth-bound
     twin   embedding_ref
     """
+    start_next_kernel()
+    wait_for_inputs()
     t = cuda.blockIdx.x
     for c in range(cuda.threadIdx.x, out.shape[1], cuda.blockDim.x):
         out[t, c] = table[tokens[t], c]
 
 
-def embedding(out, tokens, table):
+def embedding(out, tokens, table, stream=0):
     assert out.shape == (tokens.shape[0], table.shape[1]), (out.shape, tokens.shape, table.shape)
-    embedding_kernel[out.shape[0], THREADS](out, tokens, table)
+    embedding_kernel[out.shape[0], THREADS, stream](out, tokens, table)
+
+
+def last_rows_ref(out, ends, x):
+    """out[b] = x[ends[b] - 1]: the last token of each request.  out (B, C), ends (B,) int32."""
+    out[:] = x[ends - 1]
+
+
+@cuda.jit(cache=True)
+def last_rows_kernel(out, ends, x):
+    """out[b,c] = x[ends[b] - 1,c]
+
+    out    (B, C) f32 f16 bf16   written
+    ends   (B,)   i32            read
+    x      (T, C) as out         B rows read
+    launch grid B, thread block THREADS; one thread block owns one request
+    moves  2*B*C*E + 4*B bytes, does 0 flops: bandwidth-bound
+    twin   last_rows_ref
+    """
+    start_next_kernel()
+    wait_for_inputs()
+    b = cuda.blockIdx.x
+    for c in range(cuda.threadIdx.x, out.shape[1], cuda.blockDim.x):
+        out[b, c] = x[ends[b] - 1, c]
+
+
+def last_rows(out, ends, x, stream=0):
+    assert out.shape == (ends.shape[0], x.shape[1]), (out.shape, ends.shape, x.shape)
+    last_rows_kernel[out.shape[0], THREADS, stream](out, ends, x)
 
 
 def add_ref(x, delta):
@@ -88,20 +556,22 @@ def add_ref(x, delta):
 def add_kernel(x, delta):
     """x[t,c] += delta[t,c]
 
-    x      (T, C) f32   read and written
-    delta  (T, C) f32   read
+    x      (T, C) f32 f16 bf16   read and written
+    delta  (T, C) as x           read
     launch grid T, thread block THREADS; one thread block owns one token
-    moves  12*T*C bytes, does T*C flops: bandwidth-bound
+    moves  3*T*C*E bytes, does T*C flops: bandwidth-bound
     twin   add_ref
     """
+    start_next_kernel()
+    wait_for_inputs()
     t = cuda.blockIdx.x
     for c in range(cuda.threadIdx.x, x.shape[1], cuda.blockDim.x):
-        x[t, c] += delta[t, c]
+        x[t, c] = narrow(widen(x[t, c]) + widen(delta[t, c]), x)
 
 
-def add(x, delta):
+def add(x, delta, stream=0):
     assert x.shape == delta.shape, (x.shape, delta.shape)
-    add_kernel[x.shape[0], THREADS](x, delta)
+    add_kernel[x.shape[0], THREADS, stream](x, delta)
 
 
 def silu_mul_ref(out, gate_up):
@@ -120,29 +590,37 @@ def silu_mul_ref(out, gate_up):
     out *= up
 
 
+@cuda.jit(device=True)
+def silu(x):
+    return x / (ONE + exp2(-x * LOG2E))
+
+
 @cuda.jit(cache=True)
 def silu_mul_kernel(out, gate_up):
     """out[t,f] = gate[t,f] / (1 + exp(-gate[t,f])) * up[t,f]
 
-    out     (T, F)  f32   written
-    gate_up (T, 2F) f32   read: gate in the first F columns, up in the last F
+    out     (T, F)  f32 f16 bf16   written
+    gate_up (T, 2F) as out         read: gate in the first F columns, up in the last F
     launch grid T, thread block THREADS; one thread block owns one token
-    moves  12*T*F bytes, does 5*T*F flops: bandwidth-bound
+    moves  3*T*F*E bytes, does 5*T*F flops: bandwidth-bound
     twin   silu_mul_ref      paper  arXiv:2002.05202
     """
+    start_next_kernel()
+    wait_for_inputs()
     t, F = cuda.blockIdx.x, out.shape[1]
     for f in range(cuda.threadIdx.x, F, cuda.blockDim.x):
-        gate, up = gate_up[t, f], gate_up[t, F + f]
-        out[t, f] = gate / (ONE + math.exp(-gate)) * up
+        out[t, f] = narrow(silu(widen(gate_up[t, f])) * widen(gate_up[t, F + f]), out)
 
 
-def silu_mul(out, gate_up):
+def silu_mul(out, gate_up, stream=0):
     assert gate_up.shape == (out.shape[0], 2 * out.shape[1]), (out.shape, gate_up.shape)
-    silu_mul_kernel[out.shape[0], THREADS](out, gate_up)
+    silu_mul_kernel[out.shape[0], THREADS, stream](out, gate_up)
 
 
 # -----------------------------------------------------------------------------
-# 2. Reductions: RMSNorm                                              (lesson 5)
+# 4. Reductions: RMSNorm                                              (lesson 5)
+#
+# Hugging Face's Llama rounds to the element type between norm and weight, and so does this.
 
 
 def rmsnorm_ref(out, x, weight, eps):
@@ -164,86 +642,78 @@ def add_rmsnorm_ref(out, x, delta, weight, eps):
     rmsnorm_ref(out, x, weight, eps)
 
 
-@cuda.jit(device=True)
-def block_sum(value):
-    """Sum of `value` over the threads of a thread block, the same for all of them.
-
-    partial  [ a b c d e f g h ] -> [ a+e b+f c+g d+h . . . . ] -> [ .+. .+. ] -> [ sum ]
-    """
-    partial = cuda.shared.array(THREADS, float32)
-    tid = cuda.threadIdx.x
-    partial[tid] = value
-    stride = THREADS // 2
-    while stride > 0:
-        cuda.syncthreads()                 # else a thread adds a partial that is not written yet
-        if tid < stride:
-            partial[tid] += partial[tid + stride]
-        stride //= 2
-    cuda.syncthreads()
-    return partial[0]
-
-
 @cuda.jit(cache=True)
 def rmsnorm_kernel(out, x, weight, eps):
     """out[t,c] = weight[c] * x[t,c] / sqrt(mean_c x[t,c]^2 + eps)
 
-    out    (T, C) f32   written
-    x      (T, C) f32   read twice; the second pass hits the cache
-    weight (C,)   f32   read
+    out    (T, C) f32 f16 bf16   written
+    x      (T, C) as out         read twice; the second pass hits the cache
+    weight (C,)   as out         read
     launch grid T, thread block THREADS; one thread block owns one token
-    shared 4*THREADS bytes: the partial sums of squares
-    moves  8*T*C + 4*C bytes, does 4*T*C flops: bandwidth-bound
+    shared 4*WARP bytes: a partial sum of squares for each warp
+    moves  2*T*C*E + C*E bytes, does 4*T*C flops: bandwidth-bound
     twin   rmsnorm_ref      paper  arXiv:1910.07467
     """
+    start_next_kernel()
+    wait_for_inputs()
     t, tid, C = cuda.blockIdx.x, cuda.threadIdx.x, x.shape[1]
     squares = ZERO
     for c in range(tid, C, THREADS):
-        squares += x[t, c] * x[t, c]
+        value = widen(x[t, c])
+        squares += value * value
     scale = ONE / math.sqrt(block_sum(squares) / float32(C) + eps)
     for c in range(tid, C, THREADS):
-        out[t, c] = x[t, c] * scale * weight[c]
+        normed = narrow(widen(x[t, c]) * scale, out)
+        out[t, c] = narrow(widen(normed) * widen(weight[c]), out)
 
 
-def rmsnorm(out, x, weight, eps):
+def rmsnorm(out, x, weight, eps, stream=0):
     assert out.shape == x.shape and weight.shape == x.shape[1:], (out.shape, x.shape, weight.shape)
-    rmsnorm_kernel[x.shape[0], THREADS](out, x, weight, np.float32(eps))
+    rmsnorm_kernel[x.shape[0], THREADS, stream](out, x, weight, np.float32(eps))
 
 
 @cuda.jit(cache=True)
 def add_rmsnorm_kernel(out, x, delta, weight, eps):
     """x[t,c] += delta[t,c], then out[t,c] = weight[c] * x[t,c] / sqrt(mean_c x[t,c]^2 + eps)
 
-    out    (T, C) f32   written
-    x      (T, C) f32   read and written, then read again from the cache
-    delta  (T, C) f32   read
-    weight (C,)   f32   read
+    out    (T, C) f32 f16 bf16   written
+    x      (T, C) as out         read and written, then read again from the cache
+    delta  (T, C) as out         read
+    weight (C,)   as out         read
     launch grid T, thread block THREADS; one thread block owns one token
-    shared 4*THREADS bytes: the partial sums of squares
-    moves  16*T*C + 4*C bytes, does 5*T*C flops: bandwidth-bound
+    shared 4*WARP bytes: a partial sum of squares for each warp
+    moves  4*T*C*E + C*E bytes, does 5*T*C flops: bandwidth-bound
     twin   add_rmsnorm_ref      paper  arXiv:1910.07467
     """
+    start_next_kernel()
+    wait_for_inputs()
     t, tid, C = cuda.blockIdx.x, cuda.threadIdx.x, x.shape[1]
     squares = ZERO
     for c in range(tid, C, THREADS):
-        value = x[t, c] + delta[t, c]
-        x[t, c] = value
-        squares += value * value
+        total = narrow(widen(x[t, c]) + widen(delta[t, c]), x)
+        x[t, c] = total
+        squares += widen(total) * widen(total)
     scale = ONE / math.sqrt(block_sum(squares) / float32(C) + eps)
     for c in range(tid, C, THREADS):       # a thread reads back only what it wrote itself
-        out[t, c] = x[t, c] * scale * weight[c]
+        normed = narrow(widen(x[t, c]) * scale, out)
+        out[t, c] = narrow(widen(normed) * widen(weight[c]), out)
 
 
-def add_rmsnorm(out, x, delta, weight, eps):
+def add_rmsnorm(out, x, delta, weight, eps, stream=0):
     assert out.shape == x.shape == delta.shape, (out.shape, x.shape, delta.shape)
     assert weight.shape == x.shape[1:], (weight.shape, x.shape)
-    add_rmsnorm_kernel[x.shape[0], THREADS](out, x, delta, weight, np.float32(eps))
+    add_rmsnorm_kernel[x.shape[0], THREADS, stream](out, x, delta, weight, np.float32(eps))
 
 
 # -----------------------------------------------------------------------------
-# 3. Matmul                                                     (lessons 8 and 9)
+# 5. Matmul                                                     (lessons 8 and 9)
 #
 # Weights are stored as the checkpoint has them, one row for each output: (N, K). The product is
-# x @ W.T.
+# x @ W.T. Two ladders: for many tokens (prefill) each weight is used often and arithmetic decides,
+# for few (decode) every weight is read for a handful of multiplications and memory decides.
+#
+# Invariant: an output of one token is summed in the same order whatever stands beside it in the
+# batch, so its bits do not depend on the company. Tiles may differ, the order along K may not.
 
 GEMV_TOKENS = 4      # up to here, one matrix-vector product per token is faster: see matmul_ref
 
@@ -261,34 +731,474 @@ def matmul_ref(out, x, weight):
         np.matmul(weight, x[t], out=out[t])
 
 
+def matmul_silu_mul_ref(out, x, weight, scratch):
+    """out = silu_mul(x @ weight.T).  out (T, F), x (T, K), weight (2F, K), scratch (T, 2F)."""
+    matmul_ref(scratch, x, weight)
+    silu_mul_ref(out, scratch)
+
+
+def matmul_shapes(out, x, weight):
+    """(T, N, K) of a matmul, whose operands must agree."""
+    (T, K), N = x.shape, weight.shape[0]
+    assert out.shape == (T, N) and weight.shape == (N, K), (out.shape, x.shape, weight.shape)
+    return T, N, K
+
+
+def launch(kernel, grid, threads, stream, shared, *arguments):
+    """kernel[grid, threads, stream, shared](*arguments), however much shared memory that is: more
+    than 48 KB has to be asked for, for each compiled kernel."""
+    if not SIMULATOR and shared > 48 << 10:
+        from cuda.bindings import driver
+        compiled = kernel.compile(tuple(kernel.typeof_pyval(a) for a in arguments))
+        error, = driver.cuKernelSetAttribute(
+            driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, shared,
+            driver.CUkernel(int(compiled._codelibrary.get_cufunc().kernel.handle)),
+            driver.CUdevice(cuda.get_current_device().id))
+        assert error == driver.CUresult.CUDA_SUCCESS, f"{shared} bytes of shared memory: {error}"
+    kernel[grid, threads, stream, shared](*arguments)
+
+
+# ---- first rung: one thread for an output ----
+
+
 @cuda.jit(cache=True)
 def matmul_naive_kernel(out, x, weight):
     """out[t,n] = sum_k x[t,k] * weight[n,k]
 
-    out    (T, N) f32   written
-    x      (T, K) f32   every element read N times, mostly from the cache
-    weight (N, K) f32   every element read T times
+    out    (T, N) f32 f16 bf16   written
+    x      (T, K) f32 f16 bf16   every element read N times, mostly from the cache
+    weight (N, K) as x           every element read T times
     launch grid (ceil(N / THREADS), T), thread block THREADS; one thread owns one out[t,n]
-    moves  4*(T*N + T*K + N*K) bytes at best, does 2*T*N*K flops: latency-bound, for neighbouring
+    moves  E*(T*N + T*K + N*K) bytes, does 2*T*N*K flops: latency-bound, for neighbouring
            threads read neighbouring rows, so no two of their loads share a cache line
     twin   matmul_ref
     """
+    start_next_kernel()
+    wait_for_inputs()
     t, n = cuda.blockIdx.y, cuda.grid(1)
     if n < weight.shape[0]:
         acc = ZERO
         for k in range(weight.shape[1]):
-            acc += x[t, k] * weight[n, k]
-        out[t, n] = acc
+            acc += widen(x[t, k]) * widen(weight[n, k])
+        out[t, n] = narrow(acc, out)
 
 
-def matmul_naive(out, x, weight):
+def matmul_naive(out, x, weight, stream=0):
+    T, N, K = matmul_shapes(out, x, weight)
+    matmul_naive_kernel[(ceil_div(N, THREADS), T), THREADS, stream](out, x, weight)
+
+
+# ---- second rung: tiles in shared memory ----
+
+TILE = 4 if SIMULATOR else 16              # TILE * TILE threads, and as many outputs
+TILE_PITCH = TILE + 1                      # a column more, or a column would lie in one bank
+
+
+@cuda.jit(cache=True)
+def matmul_tiled_kernel(out, x, weight):
+    """out[t,n] = sum_k x[t,k] * weight[n,k]
+
+    out    (T, N) f32 f16 bf16   written
+    x      (T, K) f32 f16 bf16   every element read N / TILE times
+    weight (N, K) as x           every element read T / TILE times
+    launch grid (ceil(N / TILE), ceil(T / TILE)), thread block (TILE, TILE); one thread block owns a
+           tile of out, one thread an element of it
+    shared 8*TILE*TILE bytes: a tile of x and one of weight
+    moves  E*(T*N + T*K + N*K) bytes, does 2*T*N*K flops: bound by reads of shared memory
+    twin   matmul_ref
+    """
+    x_tile = cuda.shared.array((TILE, TILE_PITCH), float32)
+    w_tile = cuda.shared.array((TILE, TILE_PITCH), float32)
+    start_next_kernel()
+    wait_for_inputs()
+    i, j = cuda.threadIdx.y, cuda.threadIdx.x
+    t, n = cuda.blockIdx.y * TILE + i, cuda.blockIdx.x * TILE + j
+    row = cuda.blockIdx.x * TILE + i       # of weight: neighbouring threads load neighbouring k
     (T, K), N = x.shape, weight.shape[0]
-    assert out.shape == (T, N) and weight.shape == (N, K), (out.shape, x.shape, weight.shape)
-    matmul_naive_kernel[(ceil_div(N, THREADS), T), THREADS](out, x, weight)
+    acc = ZERO
+    for k0 in range(0, K, TILE):
+        x_tile[i, j] = widen(x[t, k0 + j]) if t < T and k0 + j < K else ZERO
+        w_tile[i, j] = widen(weight[row, k0 + j]) if row < N and k0 + j < K else ZERO
+        cuda.syncthreads()                 # else a thread reads what its neighbour has not loaded
+        for k in range(TILE):
+            acc += x_tile[i, k] * w_tile[j, k]
+        cuda.syncthreads()                 # else a fast thread overwrites what a slow one reads
+    if t < T and n < N:
+        out[t, n] = narrow(acc, out)
+
+
+def matmul_tiled(out, x, weight, stream=0):
+    T, N, K = matmul_shapes(out, x, weight)
+    grid = (ceil_div(N, TILE), ceil_div(T, TILE))
+    matmul_tiled_kernel[grid, (TILE, TILE), stream](out, x, weight)
+
+
+# ---- third rung: tensor cores ----
+#
+# A warp multiplies (16, 16) by (16, 8) in one instruction. Shared memory feeds it: tiles of x and
+# weight arrive by copy_async, TENSOR_STAGES - 1 of them under way while one is used.
+
+TENSOR_K, TENSOR_STAGES = 64, 3            # elements along K in a tile: 8 chunks of 16 bytes a row
+
+
+def make_matmul_tensor(TILE_T, TILE_N, WARPS_T, WARPS_N, GATED):
+    """The kernel for one tile size; GATED folds SwiGLU into its last stage."""
+    NUM_THREADS = WARP * WARPS_T * WARPS_N
+    WARP_T, WARP_N = TILE_T // WARPS_T, TILE_N // WARPS_N
+    MMAS_T, MMAS_N = WARP_T // 16, WARP_N // 8
+    ACCUMULATORS, A_WORDS, B_WORDS = MMAS_T * MMAS_N * 4, MMAS_T * 4, MMAS_N * 2
+    TWO_A_WORDS, TWO_B_WORDS = 2 * A_WORDS, 2 * B_WORDS
+    COPIES_X, COPIES_W = TILE_T * 8 // NUM_THREADS, TILE_N * 8 // NUM_THREADS
+    ROWS_A_COPY = NUM_THREADS // 8
+    COPIES = COPIES_X + COPIES_W
+    STAGE = (TILE_T + TILE_N) * TENSOR_K
+    STEPS = TENSOR_K // 16
+
+    @cuda.jit(device=True)
+    def first_elements(starts, x, weight, first_t, first_n):
+        """Where the rows begin that this thread copies, of x and then of weight. Rows past the end
+        repeat the last one: their products are never stored."""
+        (T, K), N = x.shape, weight.shape[0]
+        row = cuda.threadIdx.x // 8
+        for i in range(COPIES_X):
+            starts[i] = uint32(min(first_t + row + i * ROWS_A_COPY, T - 1) * K)
+        for i in range(COPIES_W):
+            r = row + i * ROWS_A_COPY
+            if GATED:                      # 8 rows of gate, 8 of up, in turns: see the last stage
+                n = min(first_n // 2 + r // 16 * 8 + r % 8, N // 2 - 1) + r // 8 % 2 * (N // 2)
+            else:
+                n = min(first_n + r, N - 1)
+            starts[COPIES_X + i] = uint32(n * K)
+
+    @cuda.jit(device=True)
+    def copy_part(tiles, x, weight, starts, tile, stage, part):
+        """Starts a STEPS-th of the copies of a tile along K into its stage, zeros past the end.
+        Chunk q of row r lies at q ^ (r % 8): then ldmatrix meets no bank twice."""
+        K, row, q = x.shape[1], cuda.threadIdx.x // 8, cuda.threadIdx.x % 8
+        k = tile * TENSOR_K + q * 8
+        size = uint32(16) if k < K else uint32(0)
+        k = uint32(k) if k < K else uint32(0)
+        for j in range(COPIES_X // STEPS):
+            i = part * (COPIES_X // STEPS) + j
+            r = row + i * ROWS_A_COPY
+            place = stage + r * TENSOR_K + (q ^ (r & 7)) * 8
+            copy_async(tiles, place, x, uint32(starts[i] + k), size)
+        for j in range(COPIES_W // STEPS):
+            i = part * (COPIES_W // STEPS) + j
+            r = row + i * ROWS_A_COPY
+            place = stage + (TILE_T + r) * TENSOR_K + (q ^ (r & 7)) * 8
+            copy_async(tiles, place, weight, uint32(starts[COPIES_X + i] + k), size)
+
+    @cuda.jit(device=True)
+    def load_fragments(a, b, half, tiles, stage, a_row, b_row, step):
+        """The fragments of one step of 16 along K, into one half of the registers for them."""
+        lane = cuda.threadIdx.x % WARP
+        a_chunk = ((step * 2 + lane // 16) ^ (a_row & 7)) * 8
+        b_chunk = ((step * 2 + lane // 8 % 2) ^ (b_row & 7)) * 8
+        for i in range(MMAS_T):
+            load_matrices(a, half * A_WORDS + i * 4, tiles,
+                          stage + (a_row + i * 16) * TENSOR_K + a_chunk)
+        for j in range(MMAS_N // 2):
+            load_matrices(b, half * B_WORDS + j * 4, tiles,
+                          stage + (b_row + j * 16) * TENSOR_K + b_chunk)
+
+    @cuda.jit(cache=True)
+    def matmul_tensor_kernel(out, x, weight):
+        """out[t,n] = sum_k x[t,k] * weight[n,k], or silu of the gate half times the up half
+
+        out    (T, N) f16 bf16   written; (T, N/2) where gated
+        x      (T, K) as out     every element read N / TILE_N times, through shared memory
+        weight (N, K) as out     every element read T / TILE_T times
+        launch grid (ceil(T / TILE_T), ceil(N / TILE_N)), thread block of WARPS_T * WARPS_N warps;
+               one warp owns (WARP_T, WARP_N) of out, in registers
+        shared 2*TENSOR_STAGES*(TILE_T + TILE_N)*TENSOR_K bytes: tiles of x and weight
+        moves  E*(T*N + T*K + N*K) bytes, does 2*T*N*K flops: compute-bound
+        needs  K % 8 == 0, N % 8 == 0   (asserted in the launcher), sm_80
+        twin   matmul_ref, matmul_silu_mul_ref
+        """
+        tiles = cuda.shared.array(0, uint16)
+        acc = cuda.local.array(ACCUMULATORS, float32)
+        a = cuda.local.array(TWO_A_WORDS, uint32)
+        b = cuda.local.array(TWO_B_WORDS, uint32)
+        starts = cuda.local.array(COPIES, uint32)
+        for i in range(ACCUMULATORS):
+            acc[i] = ZERO
+        lane, warp = cuda.threadIdx.x % WARP, cuda.threadIdx.x // WARP
+        first_t, first_n = cuda.blockIdx.x * TILE_T, cuda.blockIdx.y * TILE_N
+        warp_t, warp_n = warp // WARPS_N * WARP_T, warp % WARPS_N * WARP_N
+        # the rows whose addresses this lane gives to ldmatrix
+        a_row, b_row = warp_t + lane % 16, TILE_T + warp_n + lane % 8 + lane // 16 * 8
+        num_tiles = ceil_div_int(x.shape[1], TENSOR_K)
+        first_elements(starts, x, weight, first_t, first_n)
+        start_next_kernel()
+        wait_for_inputs()
+
+        stage, next_stage, free_stage = 0, STAGE, 2 * STAGE
+        for tile in range(TENSOR_STAGES - 1):
+            for part in range(STEPS):
+                copy_part(tiles, x, weight, starts, tile, tile * STAGE, part)
+            copies_commit()
+        copies_wait_but_1()
+        cuda.syncthreads()                 # tile 0 has landed for all threads
+        load_fragments(a, b, 0, tiles, stage, a_row, b_row, 0)
+        for tile in range(num_tiles):
+            for step in range(STEPS):
+                # the next fragments arrive while these are multiplied
+                if step + 1 < STEPS:
+                    load_fragments(a, b, (step + 1) % 2, tiles, stage, a_row, b_row, step + 1)
+                else:
+                    copies_wait_all()      # those of tile + 1: tile + 2 is no group yet
+                    cuda.syncthreads()     # it has landed for all; nobody reads this tile again
+                    load_fragments(a, b, 0, tiles, next_stage, a_row, b_row, 0)
+                # two tiles ahead, into the stage that all have left
+                copy_part(tiles, x, weight, starts, tile + 2, free_stage, step)
+                if step + 1 == STEPS:
+                    copies_commit()
+                for i in range(MMAS_T):
+                    for j in range(MMAS_N):
+                        mma(acc, (i * MMAS_N + j) * 4, a, step % 2 * A_WORDS + i * 4,
+                            b, step % 2 * B_WORDS + j * 2, x)
+            stage, next_stage, free_stage = next_stage, free_stage, stage
+
+        # lane l holds columns 2*(l%4) and the next of rows l//4 and l//4 + 8 of each (16, 8)
+        T, N = out.shape
+        for i in range(MMAS_T):
+            for half in range(2):
+                t = first_t + warp_t + i * 16 + half * 8 + lane // 4
+                for j in range(0, MMAS_N, 2 if GATED else 1):
+                    n = first_n + warp_n + j * 8
+                    first = (i * MMAS_N + j) * 4 + half * 2
+                    low, high = acc[first], acc[first + 1]
+                    if GATED:              # 8 columns of gate stand beside the same 8 of up
+                        n = n // 2
+                        low = silu(low) * acc[first + 4]
+                        high = silu(high) * acc[first + 5]
+                    n += lane % 4 * 2
+                    if t < T and n < N:
+                        store_pair(out, t * N + n, pack(low, high, out))
+    return matmul_tensor_kernel
+
+
+@cuda.jit(device=True)
+def ceil_div_int(a, b):
+    return (a + b - 1) // b
+
+
+# (TILE_T, TILE_N, WARPS_T, WARPS_N): the larger the tile, the fewer bytes for each multiplication;
+# the smaller, the better a small product fills the chip
+TENSOR_TILES = ((16, 16, 1, 1),) if SIMULATOR else ((128, 256, 2, 4), (128, 128, 2, 4),
+                                                    (64, 64, 2, 2), (128, 128, 2, 2))
+MATMUL_TENSOR = {(tile, gated): make_matmul_tensor(*tile, gated)
+                 for tile in TENSOR_TILES for gated in (False, True)}
+
+
+def pick_tile(T, N, multiprocessors):
+    """The tile that keeps the chip busiest: the share of a whole number of waves that is work."""
+    def merit(tile):
+        TILE_T, TILE_N = tile[:2]
+        at_once = multiprocessors * (2 if TILE_T * TILE_N <= 128 * 128 else 1)
+        tiles = ceil_div(T, TILE_T) * ceil_div(N, TILE_N)
+        work = T * N / (ceil_div(tiles, at_once) * at_once * TILE_T * TILE_N)
+        return work * {256: 1.0, 128: 0.9}.get(TILE_N, 0.5)            # larger tiles are faster
+    return max(TENSOR_TILES, key=merit)
+
+
+def matmul_tensor(out, x, weight, stream=0, gated=False, tile=None):
+    (T, K), N = x.shape, weight.shape[0]
+    assert out.shape == (T, N // 2 if gated else N) and weight.shape[1] == K, (out.shape, x.shape)
+    assert K % 8 == 0 and N % (16 if gated else 8) == 0, f"K {K} and N {N} must be multiples of 8"
+    tile = tile or pick_tile(T, N, 1 if SIMULATOR else cuda.get_current_device()
+                             .MULTIPROCESSOR_COUNT)
+    TILE_T, TILE_N, WARPS_T, WARPS_N = tile
+    shared = 2 * TENSOR_STAGES * (TILE_T + TILE_N) * TENSOR_K
+    grid, threads = (ceil_div(T, TILE_T), ceil_div(N, TILE_N)), WARP * WARPS_T * WARPS_N
+    launch(MATMUL_TENSOR[tile, gated], grid, threads, stream, shared, out, x, weight)
+
+
+def matmul_silu_mul_tensor(out, x, weight, scratch, stream=0):
+    """The gate and up products meet in registers: scratch is not needed."""
+    matmul_tensor(out, x, weight, stream, gated=True)
+
+
+# ---- decode, first rung: a warp for an output ----
+
+
+@cuda.jit(cache=True)
+def matmul_warp_kernel(out, x, weight):
+    """out[t,n] = sum_k x[t,k] * weight[n,k]
+
+    out    (T, N) f32 f16 bf16   written
+    x      (T, K) f32 f16 bf16   every element read N times, from the cache
+    weight (N, K) as x           every element read T times
+    launch grid (ceil(N / warps), T), thread block THREADS; one warp owns one out[t,n], its lanes
+           read neighbouring elements of the row
+    moves  E*(T*N + T*K + N*K) bytes, does 2*T*N*K flops: bandwidth-bound, once for each token
+    twin   matmul_ref
+    """
+    start_next_kernel()
+    wait_for_inputs()
+    lane, warp = cuda.threadIdx.x % WARP, cuda.threadIdx.x // WARP
+    t, n = cuda.blockIdx.y, cuda.blockIdx.x * (cuda.blockDim.x // WARP) + warp
+    if n < weight.shape[0]:
+        acc = ZERO
+        for k in range(lane, weight.shape[1], WARP):
+            acc += widen(x[t, k]) * widen(weight[n, k])
+        acc = warp_sum(acc)
+        if lane == 0:
+            out[t, n] = narrow(acc, out)
+
+
+def matmul_warp(out, x, weight, stream=0):
+    T, N, K = matmul_shapes(out, x, weight)
+    matmul_warp_kernel[(ceil_div(N, THREADS // WARP), T), THREADS, stream](out, x, weight)
+
+
+# ---- decode, second rung: weights streamed once through the tensor cores ----
+#
+# The weights are the (16, 16) operand of mma and up to 64 tokens the other. Each lane loads 16
+# bytes of a row straight into the registers of two fragments: which k stands where in a fragment
+# does not matter, as long as it is the same for both operands. No shared memory, no repacking.
+
+STREAM_WARPS = 1 if SIMULATOR else 8       # share the K of a thread block's rows
+STREAM_LOADS = 8                           # chunks of 32 along K, loaded before the first is used
+STREAM_TOKENS = 64                         # tokens of one pass over the weights
+
+
+def make_matmul_streamed(MMAS_T, GATED):
+    """The kernel for 8 * MMAS_T tokens; GATED folds SwiGLU into its last stage."""
+    LOADS = STREAM_LOADS if MMAS_T < 8 else STREAM_LOADS // 2          # registers are finite
+    WORDS = LOADS * 8
+    ACCUMULATORS = MMAS_T * 4
+    # floats from one token's partial sums to the next's: 4 more than there are, which keeps the
+    # lanes out of each other's banks
+    PITCH = 16 + 4
+    PARTIAL = MMAS_T * 8 * PITCH
+
+    @cuda.jit(device=True)
+    def load_weights(words, weight, upper, lower, k, end):
+        """16 bytes of two rows from each of the next chunks; past the end, the first again."""
+        K = weight.shape[1]
+        for i in range(LOADS):
+            at = k + i * 32 if k + i * 32 < end else k if k < end else 0
+            load_once(words, i * 8, weight, upper * K + at)
+            load_once(words, i * 8 + 4, weight, lower * K + at)
+
+    @cuda.jit(cache=True)
+    def matmul_streamed_kernel(out, x, weight):
+        """out[t,n] = sum_k x[t,k] * weight[n,k], or silu of the gate half times the up half
+
+        out    (T, N) f32 f16 bf16   written; (T, N/2) where gated
+        x      (T, K) f16 bf16       read from the cache by each thread block
+        weight (N, K) as x           every element read once for 64 tokens
+        launch grid (N / 16, ceil(T / 64)), thread block of STREAM_WARPS warps; a thread block owns
+               16 rows of weight, a warp a share of their K
+        shared 80*STREAM_WARPS*tokens bytes: a partial sum of every warp for every output
+        moves  E*(T*N + T*K + N*K) bytes, does 2*T*N*K flops: bandwidth-bound
+        needs  K % 8 == 0   (asserted in the launcher), sm_80
+        twin   matmul_ref, matmul_silu_mul_ref
+        """
+        partial = cuda.shared.array(0, float32)
+        words = cuda.local.array(WORDS, uint32)
+        x_words = cuda.local.array(4, uint32)
+        a = cuda.local.array(4, uint32)
+        acc = cuda.local.array(ACCUMULATORS, float32)
+        for i in range(ACCUMULATORS):
+            acc[i] = ZERO
+        tid, lane, warp = cuda.threadIdx.x, cuda.threadIdx.x % WARP, cuda.threadIdx.x // WARP
+        (T, K), N = x.shape, weight.shape[0]
+        first_t = cuda.blockIdx.y * STREAM_TOKENS
+        if GATED:                          # the upper 8 rows are gate, the lower 8 their up
+            upper = min(cuda.blockIdx.x * 8 + lane // 4, N // 2 - 1)
+            lower = upper + N // 2
+        else:                              # rows past the end repeat the last: never stored
+            upper = min(cuda.blockIdx.x * 16 + lane // 4, N - 1)
+            lower = min(cuda.blockIdx.x * 16 + 8 + lane // 4, N - 1)
+        # lane l holds 8 elements from k = 8*(l%4) of each chunk of 32
+        share = ceil_div_int(ceil_div_int(K, 32), STREAM_WARPS) * 32
+        k, end = warp * share + lane % 4 * 8, min((warp + 1) * share, K)
+        start_next_kernel()
+        load_weights(words, weight, upper, lower, k, end)
+        wait_for_inputs()                  # the weights are on their way; x may not be written yet
+
+        while k < end or k - lane % 4 * 8 < end:       # whole warps: mma takes all lanes
+            for i in range(LOADS):
+                at = k + i * 32
+                for j in range(MMAS_T):
+                    t = min(first_t + j * 8 + lane // 4, T - 1)
+                    load_16_bytes(x_words, 0, x, t * K + (at if at < end else 0))
+                    if at >= end:          # another warp's share, or past the end: counts nothing
+                        for w in range(4):
+                            x_words[w] = uint32(0)
+                    for pair in range(2):
+                        for w in range(2):
+                            a[w * 2] = words[i * 8 + pair * 2 + w]
+                            a[w * 2 + 1] = words[i * 8 + 4 + pair * 2 + w]
+                        mma(acc, j * 4, a, 0, x_words, pair * 2, x)
+            k += LOADS * 32
+            if k - lane % 4 * 8 < end:
+                load_weights(words, weight, upper, lower, k, end)
+
+        # partial[warp, t, row]: lane l holds rows l//4 and l//4 + 8 of tokens 2*(l%4) and the next
+        for j in range(MMAS_T):
+            for i in range(4):
+                t, row = j * 8 + lane % 4 * 2 + i % 2, lane // 4 + i // 2 * 8
+                partial[warp * PARTIAL + t * PITCH + row] = acc[j * 4 + i]
+        cuda.syncthreads()                 # else a thread adds a partial sum that is not written
+        rows = 8 if GATED else 16
+        for i in range(tid, MMAS_T * 8 * rows, WARP * STREAM_WARPS):
+            t, row = i // rows, i % rows
+            total, up = ZERO, ZERO
+            for w in range(STREAM_WARPS):
+                total += partial[w * PARTIAL + t * PITCH + row]
+                if GATED:
+                    up += partial[w * PARTIAL + t * PITCH + row + 8]
+            if GATED:
+                total = silu(total) * up
+            n = cuda.blockIdx.x * rows + row
+            if first_t + t < T and n < out.shape[1]:
+                out[first_t + t, n] = narrow(total, out)
+    return matmul_streamed_kernel
+
+
+MATMUL_STREAMED = {(mmas, gated): make_matmul_streamed(mmas, gated)
+                   for mmas in (1, 2, 4, 8) for gated in (False, True)}
+
+
+def matmul_streamed(out, x, weight, stream=0, gated=False):
+    (T, K), N = x.shape, weight.shape[0]
+    assert out.shape == (T, N // 2 if gated else N) and weight.shape[1] == K, (out.shape, x.shape)
+    assert K % 8 == 0, f"K {K} must be a multiple of 8"
+    mmas = min(mmas for mmas in (1, 2, 4, 8) if mmas * 8 >= min(T, STREAM_TOKENS))
+    grid = (ceil_div(N, 16), ceil_div(T, STREAM_TOKENS))
+    shared = 4 * STREAM_WARPS * mmas * 8 * 20
+    launch(MATMUL_STREAMED[mmas, gated], grid, WARP * STREAM_WARPS, stream, shared, out, x, weight)
+
+
+def matmul_silu_mul_streamed(out, x, weight, scratch, stream=0):
+    """The gate and up products meet in the thread block that made both: scratch is not needed."""
+    matmul_streamed(out, x, weight, stream, gated=True)
+
+
+# ---- SwiGLU where nothing is fused ----
+
+
+def matmul_silu_mul_naive(out, x, weight, scratch, stream=0):
+    matmul_naive(scratch, x, weight, stream)
+    silu_mul(out, scratch, stream)
+
+
+def matmul_silu_mul_tiled(out, x, weight, scratch, stream=0):
+    matmul_tiled(scratch, x, weight, stream)
+    silu_mul(out, scratch, stream)
+
+
+def matmul_silu_mul_warp(out, x, weight, scratch, stream=0):
+    matmul_warp(scratch, x, weight, stream)
+    silu_mul(out, scratch, stream)
 
 
 # -----------------------------------------------------------------------------
-# 4. RoPE, and writing K and V into their blocks           (lessons 6 and 11)
+# 6. RoPE, and writing K and V into their blocks           (lessons 6 and 11)
 
 
 def rope_inv_freq(head_dim, theta, scaling):
@@ -335,25 +1245,27 @@ def rope_ref(qk, cos, sin, positions):
 def rope_kernel(qk, cos, sin, positions):
     """(qk[t,h,i], qk[t,h,i+D/2]) rotated by the angle positions[t] * inv_freq[i]
 
-    qk        (T, H+G, D)      f32   read and written; may be a strided view
-    cos, sin  (positions, D/2) f32   one row read per token
-    positions (T,)             i32   read
-    launch grid (T, H+G), thread block THREADS; one thread owns whole pairs
-    moves  8*T*(H+G)*D bytes, does 3*T*(H+G)*D flops: bandwidth-bound
+    qk        (T, H+G, D)      f32 f16 bf16   read and written; may be a strided view
+    cos, sin  (positions, D/2) f32            one row read per token
+    positions (T,)             i32            read
+    launch grid (T, H+G), thread block WARP; one thread owns whole pairs
+    moves  2*T*(H+G)*D*E bytes, does 3*T*(H+G)*D flops: bandwidth-bound
     twin   rope_ref      paper  arXiv:2104.09864
     """
+    start_next_kernel()
+    wait_for_inputs()
     t, h, half = cuda.blockIdx.x, cuda.blockIdx.y, cos.shape[1]
     for i in range(cuda.threadIdx.x, half, cuda.blockDim.x):
         c, s = cos[positions[t], i], sin[positions[t], i]
-        low, high = qk[t, h, i], qk[t, h, i + half]
-        qk[t, h, i] = low * c - high * s
-        qk[t, h, i + half] = high * c + low * s
+        low, high = widen(qk[t, h, i]), widen(qk[t, h, i + half])
+        qk[t, h, i] = narrow(low * c - high * s, qk)
+        qk[t, h, i + half] = narrow(high * c + low * s, qk)
 
 
-def rope(qk, cos, sin, positions):
+def rope(qk, cos, sin, positions, stream=0):
     T, heads, D = qk.shape
     assert cos.shape == sin.shape and 2 * cos.shape[1] == D, (qk.shape, cos.shape, sin.shape)
-    rope_kernel[(T, heads), THREADS](qk, cos, sin, positions)
+    rope_kernel[(T, heads), WARP, stream](qk, cos, sin, positions)
 
 
 def write_kv_ref(k_cache, v_cache, k, v, slots):
@@ -372,13 +1284,15 @@ def write_kv_ref(k_cache, v_cache, k, v, slots):
 def write_kv_kernel(k_cache, v_cache, k, v, slots):
     """k_cache[slot // P, slot % P] = k[t] with slot = slots[t], and the same for v
 
-    k_cache, v_cache (blocks, P, G, D) f32   T slots written
-    k, v             (T, G, D)         f32   read; may be strided views
-    slots            (T,)              i32   read
-    launch grid (T, G), thread block THREADS; one thread block owns one head of one token
-    moves  16*T*G*D bytes, does 0 flops: bandwidth-bound
+    k_cache, v_cache (blocks, P, G, D) f32 f16 bf16   T slots written
+    k, v             (T, G, D)         as the cache   read; may be strided views
+    slots            (T,)              i32            read
+    launch grid (T, G), thread block WARP; one thread block owns one head of one token
+    moves  4*T*G*D*E bytes, does 0 flops: bandwidth-bound
     twin   write_kv_ref      paper  arXiv:2309.06180
     """
+    start_next_kernel()
+    wait_for_inputs()
     t, g, P = cuda.blockIdx.x, cuda.blockIdx.y, k_cache.shape[1]
     block, offset = slots[t] // P, slots[t] % P
     for d in range(cuda.threadIdx.x, k.shape[2], cuda.blockDim.x):
@@ -386,37 +1300,104 @@ def write_kv_kernel(k_cache, v_cache, k, v, slots):
         v_cache[block, offset, g, d] = v[t, g, d]
 
 
-def write_kv(k_cache, v_cache, k, v, slots):
+def write_kv(k_cache, v_cache, k, v, slots, stream=0):
     T, G, D = k.shape
     assert v.shape == k.shape and k_cache.shape[2:] == (G, D), (k.shape, v.shape, k_cache.shape)
-    write_kv_kernel[(T, G), THREADS](k_cache, v_cache, k, v, slots)
+    write_kv_kernel[(T, G), WARP, stream](k_cache, v_cache, k, v, slots)
+
+
+def rope_write_kv_ref(qkv, k_cache, v_cache, cos, sin, positions, slots):
+    """Rotates q in place, and writes k, rotated, and v into their blocks.
+
+    qkv (T, H+2G, D): the heads of q, then k, then v; the rest as in rope_ref and write_kv_ref.
+    """
+    G = k_cache.shape[2]
+    H = qkv.shape[1] - 2 * G
+    rope_ref(qkv[:, :H + G], cos, sin, positions)
+    write_kv_ref(k_cache, v_cache, qkv[:, H:H + G], qkv[:, H + G:], slots)
+
+
+def rope_write_kv_unfused(qkv, k_cache, v_cache, cos, sin, positions, slots, stream=0):
+    G = k_cache.shape[2]
+    H = qkv.shape[1] - 2 * G
+    rope(qkv[:, :H + G], cos, sin, positions, stream)
+    write_kv(k_cache, v_cache, qkv[:, H:H + G], qkv[:, H + G:], slots, stream)
+
+
+@cuda.jit(cache=True)
+def rope_write_kv_kernel(qkv, k_cache, v_cache, cos, sin, positions, slots):
+    """q and k rotated as in rope_kernel, and k and v written as in write_kv_kernel
+
+    qkv              (T, H+2G, D)      f32 f16 bf16   q, k and v read, q and k written
+    k_cache, v_cache (blocks, P, G, D) as qkv         T slots written
+    cos, sin         (positions, D/2)  f32            one row read per token
+    positions, slots (T,)              i32            read
+    launch grid (T, H+2G), thread block WARP; one thread block owns one head of one token
+    moves  2*T*(H+2*G)*D*E + T*G*D*E bytes, does 3*T*(H+G)*D flops: bandwidth-bound
+    twin   rope_write_kv_ref      paper  arXiv:2104.09864, arXiv:2309.06180
+    """
+    start_next_kernel()
+    wait_for_inputs()
+    t, h, half = cuda.blockIdx.x, cuda.blockIdx.y, cos.shape[1]
+    P, G = k_cache.shape[1], k_cache.shape[2]
+    H = qkv.shape[1] - 2 * G
+    block, offset = slots[t] // P, slots[t] % P
+    for i in range(cuda.threadIdx.x, half, WARP):
+        low, high = qkv[t, h, i], qkv[t, h, i + half]
+        if h >= H + G:
+            v_cache[block, offset, h - H - G, i] = low
+            v_cache[block, offset, h - H - G, i + half] = high
+        else:
+            c, s = cos[positions[t], i], sin[positions[t], i]
+            turned_low = narrow(widen(low) * c - widen(high) * s, qkv)
+            turned_high = narrow(widen(high) * c + widen(low) * s, qkv)
+            qkv[t, h, i], qkv[t, h, i + half] = turned_low, turned_high
+            if h >= H:
+                k_cache[block, offset, h - H, i] = turned_low
+                k_cache[block, offset, h - H, i + half] = turned_high
+
+
+def rope_write_kv(qkv, k_cache, v_cache, cos, sin, positions, slots, stream=0):
+    (T, heads, D), G = qkv.shape, k_cache.shape[2]
+    assert k_cache.shape == v_cache.shape and k_cache.shape[3] == D and heads > 2 * G, (
+        qkv.shape, k_cache.shape, v_cache.shape)
+    assert cos.shape == sin.shape and 2 * cos.shape[1] == D, (qkv.shape, cos.shape, sin.shape)
+    rope_write_kv_kernel[(T, heads), WARP, stream](qkv, k_cache, v_cache, cos, sin, positions,
+                                                   slots)
 
 
 # -----------------------------------------------------------------------------
-# 5. Attention over the paged cache                       (lessons 10 and 12)
+# 7. Attention over the paged cache                       (lessons 10 and 12)
+#
+# Invariant: a query meets its keys in tiles that begin at multiples of a constant, from position 0
+# on, so neither chunks of a prompt nor other requests change the order of its sums.
 
-QUERY_TILE = 256     # queries whose scores are held at once: bounds memory at (H, 256, S)
+QUERY_ROWS = 256     # queries whose scores the twin holds at once: bounds memory at (H, 256, S)
 
 
-def paged_attention_ref(out, q, k_cache, v_cache, block_tables, query_starts, seq_lens):
+def paged_attention_ref(out, qkv, k_cache, v_cache, block_tables, rows, query_starts, seq_lens,
+                        *workspace):
     """out[t,h] = sum_s softmax_s(q[t,h] . k[s,g] / sqrt(D)) v[s,g], over s up to t's own position.
 
-    out, q                (T, H, D)
+    out                   (T, H, D)
+    qkv                   (T, H+2G, D), of which the first H heads, q, are read
     k_cache, v_cache      (blocks, P, G, D)
-    block_tables          (B, max blocks) int32: where the i-th block of each context lies
+    block_tables          (rows, max blocks) int32: where the i-th block of each context lies
+    rows                  (B,) int32: request b's row of block_tables
     query_starts          (B+1,) int32: request b owns queries query_starts[b] to query_starts[b+1]
     seq_lens              (B,) int32: its context in tokens, this step's included. Its queries are
                           the last ones of it, so prefill, a chunk, and decode are one operation
-    PagedAttention: arXiv:2309.06180.
+    PagedAttention: arXiv:2309.06180. The workspace is that of the split-KV launcher.
     """
-    P, G, D = k_cache.shape[1:]
+    (_, H, _), (_, P, G, D) = out.shape, k_cache.shape
+    q = qkv[:, :H]
     for b in range(len(seq_lens)):
         S, start, end = int(seq_lens[b]), int(query_starts[b]), int(query_starts[b + 1])
-        blocks = block_tables[b, :ceil_div(S, P)]
+        blocks = block_tables[rows[b], :ceil_div(S, P)]
         k = k_cache[blocks].reshape(-1, G, D).transpose(1, 2, 0)          # (G, D, padded S)
         v = v_cache[blocks].reshape(-1, G, D).transpose(1, 0, 2)          # (G, padded S, D)
-        for tile in range(start, end, QUERY_TILE):
-            stop = min(tile + QUERY_TILE, end)
+        for tile in range(start, end, QUERY_ROWS):
+            stop = min(tile + QUERY_ROWS, end)
             visible = S - (end - stop)                            # context of the tile's last query
             out[tile:stop] = _attend(q[tile:stop], k[..., :visible], v[:, :visible])
 
@@ -437,65 +1418,542 @@ def _attend(q, k, v):
     return o.reshape(G, R, T, D).transpose(2, 0, 1, 3).reshape(T, H, D)
 
 
+def attention_shapes(out, qkv, k_cache, v_cache):
+    """(T, H, G, D) of an attention, whose operands must agree."""
+    (T, H, D), G = out.shape, k_cache.shape[2]
+    assert qkv.shape == (T, H + 2 * G, D) and H % G == 0, (out.shape, qkv.shape, k_cache.shape)
+    assert k_cache.shape == v_cache.shape and k_cache.shape[3] == D, (k_cache.shape, v_cache.shape)
+    return T, H, G, D
+
+
 @cuda.jit(device=True)
-def score(q, k_cache, block_table, t, h, s):
+def request_of(t, query_starts):
+    """The request whose query t is; past the last query, the number of requests."""
+    b, B = 0, query_starts.shape[0] - 1
+    while b < B and query_starts[b + 1] <= t:
+        b += 1
+    return b
+
+
+# ---- first rung: three passes over the scores ----
+
+
+@cuda.jit(device=True)
+def score(qkv, k_cache, block_table, t, h, g, s):
     """q[t,h] . k[s,g] / sqrt(D), with k[s] found through the block table."""
     P, D = k_cache.shape[1], k_cache.shape[3]
-    g = h // (q.shape[1] // k_cache.shape[2])
     block, acc = block_table[s // P], ZERO
     for d in range(D):
-        acc += q[t, h, d] * k_cache[block, s % P, g, d]
+        acc += widen(qkv[t, h, d]) * widen(k_cache[block, s % P, g, d])
     return acc / math.sqrt(float32(D))
 
 
 @cuda.jit(cache=True)
-def attention_threepass_kernel(out, q, k_cache, v_cache, block_tables, query_starts, seq_lens):
+def attention_threepass_kernel(out, qkv, k_cache, v_cache, block_tables, rows, query_starts,
+                               seq_lens):
     """out[t,h] = sum_s exp(x_s - m) / l * v[s,g], m = max_s x_s, l = sum_s exp(x_s - m), x scores
 
-    out, q           (T, H, D)         f32   out is written, and accumulated in place
-    k_cache, v_cache (blocks, P, G, D) f32   keys read three times, values once, for each query head
-    block_tables     (B, max blocks)   i32   read
-    query_starts     (B+1,)            i32   read
-    seq_lens         (B,)              i32   read
+    out              (T, H, D)         f32 f16 bf16   written
+    qkv              (T, H+2G, D)      as out         q read
+    k_cache, v_cache (blocks, P, G, D) as out         keys read 2 + D times, values once
+    block_tables     (rows, blocks)    i32            read
+    rows, seq_lens   (B,)              i32            read
+    query_starts     (B+1,)            i32            read
     launch grid T, thread block H; one thread owns one query head of one token
-    moves  4*T*H*D*(2 + 4*S) bytes, does 8*T*H*S*D flops: latency-bound
+    moves  2*T*H*D*E + T*H*S*D*E*(3+D) bytes, does 2*T*H*S*D*(3+D) flops: latency-bound
     needs  H <= 1024   (asserted in the launcher)
     twin   paged_attention_ref      paper  arXiv:2309.06180
     """
+    start_next_kernel()
+    wait_for_inputs()
     t, h = cuda.blockIdx.x, cuda.threadIdx.x
-    P, D = k_cache.shape[1], k_cache.shape[3]
-    g = h // (q.shape[1] // k_cache.shape[2])
-    b = 0
-    while query_starts[b + 1] <= t:
-        b += 1
+    P, G, D = k_cache.shape[1], k_cache.shape[2], k_cache.shape[3]
+    g = h // (out.shape[1] // G)
+    b = request_of(t, query_starts)
+    if b == seq_lens.shape[0]:
+        return
+    table = block_tables[rows[b]]
     # the request's queries are the last of its context: t sees what is not behind itself
     S = seq_lens[b] - (query_starts[b + 1] - t) + 1
 
     m = NEG_INF
     for s in range(S):
-        m = max(m, score(q, k_cache, block_tables[b], t, h, s))
+        m = max(m, score(qkv, k_cache, table, t, h, g, s))
     l = ZERO
     for s in range(S):
-        l += math.exp(score(q, k_cache, block_tables[b], t, h, s) - m)
+        l += exp2((score(qkv, k_cache, table, t, h, g, s) - m) * LOG2E)
     for d in range(D):
-        out[t, h, d] = ZERO
-    for s in range(S):
-        p = math.exp(score(q, k_cache, block_tables[b], t, h, s) - m) / l
-        block = block_tables[b, s // P]
-        for d in range(D):
-            out[t, h, d] += p * v_cache[block, s % P, g, d]
+        acc = ZERO
+        for s in range(S):
+            p = exp2((score(qkv, k_cache, table, t, h, g, s) - m) * LOG2E) / l
+            acc += p * widen(v_cache[table[s // P], s % P, g, d])
+        out[t, h, d] = narrow(acc, out)
 
 
-def attention_threepass(out, q, k_cache, v_cache, block_tables, query_starts, seq_lens):
-    T, H, D = q.shape
-    assert out.shape == q.shape and k_cache.shape == v_cache.shape, (out.shape, q.shape)
-    assert k_cache.shape[3] == D and H % k_cache.shape[2] == 0, (q.shape, k_cache.shape)
+def attention_threepass(out, qkv, k_cache, v_cache, block_tables, rows, query_starts, seq_lens,
+                        *workspace, stream=0):
+    T, H, G, D = attention_shapes(out, qkv, k_cache, v_cache)
     assert H <= 1024, f"one thread for each of {H} heads: at most 1024"
-    attention_threepass_kernel[T, H](out, q, k_cache, v_cache, block_tables, query_starts, seq_lens)
+    attention_threepass_kernel[T, H, stream](out, qkv, k_cache, v_cache, block_tables, rows,
+                                             query_starts, seq_lens)
+
+
+# ---- second rung: online softmax ----
+
+ONLINE_VALUES = 8                          # channels of a lane: D up to 8 * 32
+
+
+@cuda.jit(cache=True)
+def attention_online_kernel(out, qkv, k_cache, v_cache, block_tables, rows, query_starts,
+                            seq_lens):
+    """one pass: a new maximum m' rescales what was summed under m by exp(m - m')
+
+    out              (T, H, D)         f32 f16 bf16   written
+    qkv              (T, H+2G, D)      as out         q read
+    k_cache, v_cache (blocks, P, G, D) as out         read once for each query head
+    block_tables     (rows, blocks)    i32            read
+    rows, seq_lens   (B,)              i32            read
+    query_starts     (B+1,)            i32            read
+    launch grid (T, H), thread block WARP; one warp owns one query head of one token, lane l its
+           channels l, l + 32, ...
+    moves  2*T*H*D*E + 2*T*H*S*D*E bytes, does 4*T*H*S*D flops: latency-bound
+    needs  D <= 256   (asserted in the launcher)
+    twin   paged_attention_ref      paper  arXiv:1805.02867
+    """
+    q = cuda.local.array(ONLINE_VALUES, float32)
+    acc = cuda.local.array(ONLINE_VALUES, float32)
+    start_next_kernel()
+    wait_for_inputs()
+    t, h, lane = cuda.blockIdx.x, cuda.blockIdx.y, cuda.threadIdx.x
+    P, G, D = k_cache.shape[1], k_cache.shape[2], k_cache.shape[3]
+    g = h // (out.shape[1] // G)
+    b = request_of(t, query_starts)
+    if b == seq_lens.shape[0]:
+        return
+    table = block_tables[rows[b]]
+    S = seq_lens[b] - (query_starts[b + 1] - t) + 1
+    for i in range(ONLINE_VALUES):
+        d = lane + i * WARP
+        q[i] = widen(qkv[t, h, d]) if d < D else ZERO
+        acc[i] = ZERO
+    m, l, scale = NEG_INF, ZERO, LOG2E / math.sqrt(float32(D))
+    for s in range(S):
+        block, offset, x = table[s // P], s % P, ZERO
+        for i in range(ONLINE_VALUES):
+            d = lane + i * WARP
+            if d < D:
+                x += q[i] * widen(k_cache[block, offset, g, d])
+        x = warp_sum(x) * scale
+        new_m = max(m, x)
+        rescale, p = exp2(m - new_m), exp2(x - new_m)
+        m, l = new_m, l * rescale + p
+        for i in range(ONLINE_VALUES):
+            d = lane + i * WARP
+            if d < D:
+                acc[i] = acc[i] * rescale + p * widen(v_cache[block, offset, g, d])
+    for i in range(ONLINE_VALUES):
+        d = lane + i * WARP
+        if d < D:
+            out[t, h, d] = narrow(acc[i] / l, out)
+
+
+def attention_online(out, qkv, k_cache, v_cache, block_tables, rows, query_starts, seq_lens,
+                     *workspace, stream=0):
+    T, H, G, D = attention_shapes(out, qkv, k_cache, v_cache)
+    assert D <= ONLINE_VALUES * WARP, f"head_dim is {D}, expected at most {ONLINE_VALUES * WARP}"
+    attention_online_kernel[(T, H), WARP, stream](out, qkv, k_cache, v_cache, block_tables, rows,
+                                                  query_starts, seq_lens)
+
+
+# ---- third rung, prefill: tiles of queries and keys on the tensor cores ----
+
+ATTENTION_WARPS = 1 if SIMULATOR else 4    # of 16 queries each
+
+
+def make_attention_tiled(D):
+    """The kernel for one head_dim, a multiple of 16 up to 256."""
+    QUERIES, KEYS = 16 * ATTENTION_WARPS, 64 if D <= 128 else 32
+    PITCH = D + 8                          # of a row in shared memory, 16 bytes more than it has:
+                                           # so ldmatrix meets no bank twice
+    CHUNKS = KEYS * D // 8                 # of 16 bytes, in a tile of keys
+    NUM_THREADS = WARP * ATTENTION_WARPS
+    STEPS, KEY_MMAS, OUT_MMAS = D // 16, KEYS // 8, D // 8
+    Q_WORDS, SCORES, OUTS = STEPS * 4, KEY_MMAS * 4, OUT_MMAS * 4
+
+    @cuda.jit(device=True)
+    def copy_keys(tiles, stage, k_cache, v_cache, table, g, first, S):
+        """Starts the copies of a tile of keys and values; beyond the context, zeros."""
+        P, G = k_cache.shape[1], k_cache.shape[2]
+        for chunk in range(cuda.threadIdx.x, CHUNKS, NUM_THREADS):
+            row, d = chunk // (D // 8), chunk % (D // 8) * 8
+            s = first + row
+            size = uint32(16) if s < S else uint32(0)
+            s = s if s < S else 0
+            source = ((table[s // P] * P + s % P) * G + g) * D + d
+            place = (stage * 2 * KEYS + row) * PITCH + d
+            copy_async(tiles, place, k_cache, source, size)
+            copy_async(tiles, place + KEYS * PITCH, v_cache, source, size)
+
+    @cuda.jit(cache=True)
+    def attention_tiled_kernel(out, qkv, k_cache, v_cache, block_tables, rows, query_starts,
+                               seq_lens):
+        """FlashAttention: scores of a tile of queries and keys live and die in registers
+
+        out              (T, H, D)         f16 bf16   written
+        qkv              (T, H+2G, D)      as out     q read
+        k_cache, v_cache (blocks, P, G, D) as out     read once for each tile of queries of a head
+        block_tables     (rows, blocks)    i32        read
+        rows, seq_lens   (B,)              i32        read
+        query_starts     (B+1,)            i32        read
+        launch grid (tiles of queries, H), thread block of ATTENTION_WARPS warps; one warp owns 16
+               queries of a head: lane l holds rows l//4 and l//4 + 8 of every fragment
+        shared 8*KEYS*(D+8) bytes: two stages of keys and values
+        moves  2*T*H*D*E + 2*T*H*S*D*E/QUERIES bytes, does 4*T*H*S*D flops: compute-bound
+        needs  D % 16 == 0, D <= 256   (asserted in the launcher), sm_80
+        twin   paged_attention_ref      paper  arXiv:2205.14135, arXiv:2307.08691
+        """
+        tiles = cuda.shared.array(0, uint16)
+        q = cuda.local.array(Q_WORDS, uint32)
+        x = cuda.local.array(SCORES, float32)
+        acc = cuda.local.array(OUTS, float32)
+        words = cuda.local.array(4, uint32)
+        p = cuda.local.array(4, uint32)
+        m = cuda.local.array(2, float32)
+        l = cuda.local.array(2, float32)
+        start_next_kernel()
+        wait_for_inputs()
+        h, lane, warp = cuda.blockIdx.y, cuda.threadIdx.x % WARP, cuda.threadIdx.x // WARP
+        H, G, B = out.shape[1], k_cache.shape[2], seq_lens.shape[0]
+        g = h // (H // G)
+        # this thread block's tile: the requests' tiles are counted off one after another
+        b, tile = 0, cuda.blockIdx.x
+        while b < B and tile >= ceil_div_int(query_starts[b + 1] - query_starts[b], QUERIES):
+            tile -= ceil_div_int(query_starts[b + 1] - query_starts[b], QUERIES)
+            b += 1
+        if b == B:
+            return
+        table = block_tables[rows[b]]
+        first_t, end_t = query_starts[b] + tile * QUERIES, query_starts[b + 1]
+        context = seq_lens[b] - (end_t - first_t)              # position of the tile's first query
+        S = min(context + QUERIES, seq_lens[b])                # keys that its last query sees
+        num_tiles = ceil_div_int(S, KEYS)
+
+        copy_keys(tiles, 0, k_cache, v_cache, table, g, 0, S)
+        copies_commit()
+        # q as fragments, straight from memory; rows past the end repeat the last, never stored
+        for half in range(2):
+            t = min(first_t + warp * 16 + half * 8 + lane // 4, end_t - 1)
+            for step in range(STEPS):
+                at = (t * (H + 2 * G) + h) * D + step * 16 + lane % 4 * 2
+                q[step * 4 + half] = load_pair(qkv, at)
+                q[step * 4 + half + 2] = load_pair(qkv, at + 8)
+            m[half], l[half] = NEG_INF, ZERO
+        for i in range(OUTS):
+            acc[i] = ZERO
+        scale = LOG2E / math.sqrt(float32(D))
+
+        for j in range(num_tiles):
+            copies_wait_all()
+            cuda.syncthreads()             # tile j has landed for all; nobody reads tile j - 1
+            if j + 1 < num_tiles:
+                copy_keys(tiles, (j + 1) % 2, k_cache, v_cache, table, g, (j + 1) * KEYS, S)
+            copies_commit()
+            keys = j % 2 * 2 * KEYS * PITCH
+            values = keys + KEYS * PITCH
+
+            # x = q @ k.T
+            for i in range(SCORES):
+                x[i] = ZERO
+            for step in range(STEPS):
+                for n in range(KEY_MMAS // 2):
+                    row = n * 16 + lane % 8 + lane // 16 * 8
+                    load_matrices(words, 0, tiles,
+                                  keys + row * PITCH + step * 16 + lane // 8 % 2 * 8)
+                    mma(x, n * 8, q, step * 4, words, 0, qkv)
+                    mma(x, n * 8 + 4, q, step * 4, words, 2, qkv)
+
+            # the causal mask, needed only where a tile reaches beyond the first query
+            if (j + 1) * KEYS > context + 1:
+                for n in range(KEY_MMAS):
+                    for i in range(4):
+                        s = j * KEYS + n * 8 + lane % 4 * 2 + i % 2
+                        if s > context + warp * 16 + i // 2 * 8 + lane // 4:
+                            x[n * 4 + i] = NEG_INF
+
+            # online softmax of the lane's two rows; the four lanes of a quad share them
+            for half in range(2):
+                new_m = m[half]
+                for n in range(KEY_MMAS):
+                    new_m = max(new_m, max(x[n * 4 + half * 2], x[n * 4 + half * 2 + 1]))
+                new_m = max(new_m, shuffle_xor(new_m, 1))
+                new_m = max(new_m, shuffle_xor(new_m, 2))
+                rescale, shift = exp2((m[half] - new_m) * scale), new_m * scale
+                m[half] = new_m
+                l[half] *= rescale
+                for n in range(OUT_MMAS):
+                    acc[n * 4 + half * 2] *= rescale
+                    acc[n * 4 + half * 2 + 1] *= rescale
+                for n in range(KEY_MMAS):
+                    for i in range(2):
+                        weight = exp2(x[n * 4 + half * 2 + i] * scale - shift)
+                        x[n * 4 + half * 2 + i] = weight
+                        l[half] += weight
+
+            # acc += x @ v: the fragment that came out of one mma goes into the next as it is
+            for step in range(KEYS // 16):
+                for i in range(4):
+                    p[i] = pack(x[step * 8 + i * 2], x[step * 8 + i * 2 + 1], out)
+                for n in range(OUT_MMAS // 2):
+                    row = step * 16 + lane % 16
+                    load_matrices_transposed(words, 0, tiles,
+                                             values + row * PITCH + n * 16 + lane // 16 * 8)
+                    mma(acc, n * 8, p, 0, words, 0, qkv)
+                    mma(acc, n * 8 + 4, p, 0, words, 2, qkv)
+
+        for half in range(2):
+            total = l[half] + shuffle_xor(l[half], 1)
+            total += shuffle_xor(total, 2)
+            t = first_t + warp * 16 + half * 8 + lane // 4
+            if t < end_t:
+                for n in range(OUT_MMAS):
+                    at = (t * H + h) * D + n * 8 + lane % 4 * 2
+                    store_pair(out, at, pack(acc[n * 4 + half * 2] / total,
+                                             acc[n * 4 + half * 2 + 1] / total, out))
+    return attention_tiled_kernel
+
+
+ATTENTION_TILED = {}                       # head_dim -> its kernel, made when it is first asked for
+
+
+def attention_tiled(out, qkv, k_cache, v_cache, block_tables, rows, query_starts, seq_lens,
+                    *workspace, stream=0):
+    T, H, G, D = attention_shapes(out, qkv, k_cache, v_cache)
+    assert D % 16 == 0 and D <= 256, f"head_dim is {D}, expected a multiple of 16 up to 256"
+    if D not in ATTENTION_TILED:
+        ATTENTION_TILED[D] = make_attention_tiled(D)
+    queries, keys = 16 * ATTENTION_WARPS, 64 if D <= 128 else 32
+    # tiles do not span requests: at most one for each request is not full
+    grid = (min(T, T // queries + len(seq_lens)), H)
+    launch(ATTENTION_TILED[D], grid, WARP * ATTENTION_WARPS, stream, 8 * keys * (D + 8), out, qkv,
+           k_cache, v_cache, block_tables, rows, query_starts, seq_lens)
+
+
+# ---- decode: a warp walks tiles of 16 keys for R query heads at once ----
+
+DECODE_WARPS = 1 if SIMULATOR else 8
+SPLIT = 256                                # tokens of context that one thread block takes
+WHOLE = 1 << 30                            # a split that no context exceeds
+
+
+def count_splits(seq_lens, split):
+    """For tests and benches what begin_decode computes on the device: (B + 1 + splits,) int32."""
+    counts = [ceil_div(int(S), split) for S in seq_lens]
+    return np.array([0, *np.cumsum(counts), *np.repeat(np.arange(len(counts)), counts)], np.int32)
+
+
+def make_paged_decode(D):
+    """The kernel for one head_dim, a multiple of 64 up to 256."""
+    VECTORS = D // 64                      # 16-byte pieces of a value row for a lane
+    K_WORDS, V_WORDS, Q_WORDS = 2 * D // 32 * 4, 4 * VECTORS * 4, D // 16 * 4
+    OUTS = D // 8 * 4
+
+    @cuda.jit(device=True)
+    def load_tile(k_words, v_words, k_cache, v_cache, table, g, first, S):
+        """Keys first to first + 15 as B fragments, and the values a lane needs; past the context
+        the last token again, which the mask then takes out."""
+        P, G, lane = k_cache.shape[1], k_cache.shape[2], cuda.threadIdx.x % WARP
+        s = min(first + lane % 16, S - 1)
+        slot = uint32(table[s // P] * P + s % P)               # of the key lane % 16
+        for half in range(2):
+            at = (int32(shuffle(slot, half * 8 + lane // 4)) * G + g) * D + lane % 4 * 8
+            for step in range(D // 32):
+                load_16_bytes(k_words, (half * (D // 32) + step) * 4, k_cache, at + step * 32)
+        for i in range(4):                                     # values of the keys of a B fragment
+            at = (int32(shuffle(slot, lane % 4 * 2 + i % 2 + i // 2 * 8)) * G + g) * D
+            for n in range(VECTORS):
+                load_16_bytes(v_words, (n * 4 + i) * 4, v_cache, at + n * 64 + lane // 4 * 8)
+
+    @cuda.jit(cache=True)
+    def paged_decode_kernel(partial, qkv, k_cache, v_cache, block_tables, rows, seq_lens, splits,
+                            split):
+        """partial softmax sums of R query heads over one split of one context
+
+        partial          (splits, H, D+2)  f32        written: sum of exp(x - m) v, then m and l
+        qkv              (B, H+2G, D)      f16 bf16   q read
+        k_cache, v_cache (blocks, P, G, D) as qkv     read once
+        block_tables     (rows, blocks)    i32        read
+        rows, seq_lens   (B,)              i32        read
+        splits           (B+1+splits,)     i32        first split of each request, then the request
+                                                      of each split
+        launch grid (any number, G), thread block of DECODE_WARPS warps; a thread block takes every
+               gridDim.x-th split, a warp every DECODE_WARPS-th tile of 16 keys in it
+        shared 4*DECODE_WARPS*R*(D+2) bytes: the sums of each warp
+        moves  2*B*S*G*D*E bytes, does 4*B*H*S*D flops: bandwidth-bound
+        needs  D % 64 == 0, D <= 256, R <= 16   (asserted in the launcher), sm_80
+        twin   paged_attention_ref      paper  arXiv:2309.06180, Flash-Decoding
+        """
+        sums = cuda.shared.array(0, float32)
+        q = cuda.local.array(Q_WORDS, uint32)
+        k_words = cuda.local.array(K_WORDS, uint32)
+        v_words = cuda.local.array(V_WORDS, uint32)
+        x = cuda.local.array(8, float32)
+        p = cuda.local.array(4, uint32)
+        b_words = cuda.local.array(2, uint32)
+        acc = cuda.local.array(OUTS, float32)
+        m = cuda.local.array(2, float32)
+        l = cuda.local.array(2, float32)
+        start_next_kernel()
+        wait_for_inputs()
+        tid, lane, warp = cuda.threadIdx.x, cuda.threadIdx.x % WARP, cuda.threadIdx.x // WARP
+        B, H, G = seq_lens.shape[0], partial.shape[1], k_cache.shape[2]
+        g, R, scale = cuda.blockIdx.y, H // G, LOG2E / math.sqrt(float32(D))
+
+        for item in range(cuda.blockIdx.x, splits[B], cuda.gridDim.x):
+            b = splits[B + 1 + item]
+            first = (item - splits[b]) * split
+            end = min(first + split, seq_lens[b])
+            table = block_tables[rows[b]]
+            # rows of the fragment past the R heads repeat the last; lane l's k order is that of
+            # the key vectors: 8 elements from 8*(l%4) of each 32
+            for half in range(2):
+                at = (b * (H + 2 * G) + g * R + min(lane // 4 + half * 8, R - 1)) * D
+                for step in range(D // 32):
+                    load_16_bytes(k_words, 0, qkv, at + step * 32 + lane % 4 * 8)
+                    for w in range(4):
+                        q[(step * 2 + w // 2) * 4 + w % 2 * 2 + half] = k_words[w]
+                m[half], l[half] = NEG_INF, ZERO
+            for i in range(OUTS):
+                acc[i] = ZERO
+
+            for s0 in range(first + warp * 16, end, DECODE_WARPS * 16):
+                load_tile(k_words, v_words, k_cache, v_cache, table, g, s0, end)
+                for i in range(8):
+                    x[i] = ZERO
+                for half in range(2):                          # x (16 heads, 16 keys) = q @ k.T
+                    for step in range(D // 16):
+                        mma(x, half * 4, q, step * 4, k_words, half * (D // 8) + step * 2, qkv)
+                for i in range(8):
+                    if s0 + i // 4 * 8 + lane % 4 * 2 + i % 2 >= end:
+                        x[i] = NEG_INF
+                for half in range(2):
+                    new_m = max(max(x[half * 2], x[half * 2 + 1]),
+                                max(x[half * 2 + 4], x[half * 2 + 5]))
+                    new_m = max(new_m, shuffle_xor(new_m, 1))
+                    new_m = max(m[half], max(new_m, shuffle_xor(new_m, 2)))
+                    rescale, shift = exp2((m[half] - new_m) * scale), new_m * scale
+                    m[half] = new_m
+                    l[half] *= rescale
+                    for n in range(OUTS // 4):
+                        acc[n * 4 + half * 2] *= rescale
+                        acc[n * 4 + half * 2 + 1] *= rescale
+                    for i in range(4):
+                        at = half * 2 + i // 2 * 4 + i % 2
+                        x[at] = exp2(x[at] * scale - shift)
+                        l[half] += x[at]
+                for i in range(4):
+                    p[i] = pack(x[i * 2], x[i * 2 + 1], qkv)
+                # values of two neighbouring keys become the pairs of a B fragment; column l//4 of
+                # the mma for word w and its half is channel 8*(l//4) + 2w + half
+                for n in range(VECTORS):
+                    for w in range(4):
+                        for half in range(2):
+                            for i in range(2):
+                                one, two = v_words[(n * 4 + i * 2) * 4 + w], v_words[
+                                    (n * 4 + i * 2 + 1) * 4 + w]
+                                if half == 0:
+                                    b_words[i] = uint32(one & uint32(0xFFFF)) | uint32(
+                                        two << uint32(16))
+                                else:
+                                    b_words[i] = uint32(one >> uint32(16)) | uint32(
+                                        two & uint32(0xFFFF0000))
+                            mma(acc, (n * 8 + w * 2 + half) * 4, p, 0, b_words, 0, qkv)
+
+            # sums[warp, r, D+2]
+            for half in range(2):
+                total = l[half] + shuffle_xor(l[half], 1)
+                total += shuffle_xor(total, 2)
+                r = lane // 4 + half * 8
+                if r < R:
+                    at = (warp * R + r) * (D + 2)
+                    for n in range(OUTS // 4):
+                        for i in range(2):
+                            channel = n // 8 * 64 + (lane % 4 * 2 + i) * 8 + n % 8
+                            sums[at + channel] = acc[n * 4 + half * 2 + i]
+                    sums[at + D], sums[at + D + 1] = m[half] * scale, total
+            cuda.syncthreads()             # else a warp's sums are read before they are written
+            for i in range(tid, R * D, WARP * DECODE_WARPS):
+                r, d = i // D, i % D
+                m_all, l_all, o = NEG_INF, ZERO, ZERO
+                for w in range(DECODE_WARPS):
+                    m_all = max(m_all, sums[(w * R + r) * (D + 2) + D])
+                for w in range(DECODE_WARPS):
+                    at = (w * R + r) * (D + 2)
+                    weight = exp2(sums[at + D] - m_all)        # a warp without keys has m = -inf
+                    l_all += sums[at + D + 1] * weight
+                    o += sums[at + d] * weight
+                partial[item, g * R + r, d] = o
+                if d == 0:
+                    partial[item, g * R + r, D] = m_all
+                    partial[item, g * R + r, D + 1] = l_all
+            cuda.syncthreads()             # else the next split overwrites sums still being read
+    return paged_decode_kernel
+
+
+PAGED_DECODE = {}                          # head_dim -> its kernel, made when it is first asked for
+
+
+@cuda.jit(cache=True)
+def merge_splits_kernel(out, partial, splits):
+    """out[b,h] = sum over b's splits of exp(m_i - m) o_i, over the same sum of l_i
+
+    out     (B, H, D)         f32 f16 bf16   written
+    partial (splits, H, D+2)  f32            read
+    splits  (B+1+splits,)     i32            first split of each request
+    launch grid (B, H), thread block 2 * WARP; one thread owns channels
+    moves  B*H*D*E + 4*N*H*(D+2) bytes, does 4*N*H*D flops: latency-bound, N splits in all
+    twin   paged_attention_ref      paper  Flash-Decoding
+    """
+    start_next_kernel()
+    wait_for_inputs()
+    b, h, D = cuda.blockIdx.x, cuda.blockIdx.y, out.shape[2]
+    m = NEG_INF
+    for i in range(splits[b], splits[b + 1]):
+        m = max(m, partial[i, h, D])
+    for d in range(cuda.threadIdx.x, D, cuda.blockDim.x):
+        l, o = ZERO, ZERO
+        for i in range(splits[b], splits[b + 1]):
+            weight = exp2(partial[i, h, D] - m)
+            l += partial[i, h, D + 1] * weight
+            o += partial[i, h, d] * weight
+        out[b, h, d] = narrow(o / l, out)
+
+
+def paged_decode(out, qkv, k_cache, v_cache, block_tables, rows, query_starts, seq_lens, splits,
+                 partial, stream=0, split=WHOLE):
+    """One thread block for each request and KV head; `splits` must be of the same `split`."""
+    B, H, G, D = attention_shapes(out, qkv, k_cache, v_cache)
+    assert D % 64 == 0 and D <= 256, f"head_dim is {D}, expected a multiple of 64 up to 256"
+    assert H // G <= 16, f"{H // G} query heads share a KV head, expected at most 16"
+    assert partial.shape[1:] == (H, D + 2), (partial.shape, out.shape)
+    if D not in PAGED_DECODE:
+        PAGED_DECODE[D] = make_paged_decode(D)
+    # enough thread blocks to fill any GPU twice; they share the splits among themselves
+    grid = (min(len(partial), max(B, ceil_div(512, G))), G)
+    shared = 4 * DECODE_WARPS * (H // G) * (D + 2)
+    launch(PAGED_DECODE[D], grid, WARP * DECODE_WARPS, stream, shared, partial, qkv, k_cache,
+           v_cache, block_tables, rows, seq_lens, splits, np.int32(split))
+    merge_splits_kernel[(B, H), 2 * WARP, stream](out, partial, splits)
+
+
+def paged_decode_split(out, qkv, k_cache, v_cache, block_tables, rows, query_starts, seq_lens,
+                       splits, partial, stream=0):
+    """A thread block for every SPLIT tokens of a context: few long contexts fill the chip, too."""
+    paged_decode(out, qkv, k_cache, v_cache, block_tables, rows, query_starts, seq_lens, splits,
+                 partial, stream, SPLIT)
 
 
 # -----------------------------------------------------------------------------
-# 6. Sampling                                                        (lesson 15)
+# 8. Sampling                                                        (lesson 15)
 #
 # A row of logits goes through Hugging Face's order: bias, penalties, temperature, top-k, top-p,
 # min-p, and the draw. The draw is Gumbel-max: argmax(logit + noise) picks token i with probability
@@ -524,15 +1982,15 @@ def top_k_ref(logits, k):
 
 
 def top_p_ref(logits, p):
-    """Nucleus: keeps the fewest tokens that reach probability p, the one that crosses it included.
-
-    In place. arXiv:1904.09751.
+    """Nucleus: keeps the fewest tokens that reach probability p, the one that crosses it included
+    (and its ties). In place. arXiv:1904.09751.
     """
     alive = np.flatnonzero(logits > -np.inf)
     order = alive[np.argsort(logits[alive], kind="stable")]               # least likely first
     probs = softmax_ref(logits[order])
-    dropped = order[np.cumsum(probs) <= 1 - p]
-    logits[dropped[dropped != order[-1]]] = -np.inf                 # the likeliest always stays
+    kept = order[np.cumsum(probs) > 1 - p]
+    lowest = logits[kept[0] if len(kept) else order[-1]]            # the likeliest always stays
+    logits[logits < lowest] = -np.inf
 
 
 def min_p_ref(logits, p):
@@ -583,14 +2041,718 @@ def sample_ref(logits, temperature, top_k, top_p, min_p, seed, position):
     return int(np.argmax(logits + gumbel_ref(seed, position, len(logits))))
 
 
+# ---- on the device: every request has a row of settings, and a row of `seen` and `bias` ----
+
+TEMPERATURE, TOP_K, TOP_P, MIN_P, REPETITION, PRESENCE, FREQUENCY, EDITED = range(8)  # of settings
+NUM_SETTINGS = 8
+IN_PROMPT = 1 << 30                        # bit of `seen` beside the count of the output
+MAX_CHUNKS = 2 if SIMULATOR else 32        # thread blocks that share a row of logits
+SAMPLE_THREADS = WARP if SIMULATOR else 1024
+BINS, LAST_BIN, EIGHT = 256, np.float32(255), np.float32(8)
+FLAT, PEAKED = ZERO, ONE                   # exponents of the weights in `lowest_kept`
+WEIGHT_ONE = np.float32(2.0 ** 32)         # weights are integers: their sum has no order
+
+
+@cuda.jit(device=True)
+def larger(value, index, other_value, other_index):
+    """Whether the other is larger, or as large and first."""
+    return other_value > value or (other_value == value and other_index < index)
+
+
+@cuda.jit(device=True)
+def block_argmax(value, index):
+    """The largest value of a thread block and its index, the lowest one of several."""
+    values = cuda.shared.array(SAMPLE_THREADS, float32)
+    indices = cuda.shared.array(SAMPLE_THREADS, int32)
+    tid, stride = cuda.threadIdx.x, cuda.blockDim.x // 2
+    values[tid], indices[tid] = value, index
+    while stride > 0:
+        cuda.syncthreads()                 # else a thread compares what is not written yet
+        if tid < stride and larger(values[tid], indices[tid], values[tid + stride],
+                                   indices[tid + stride]):
+            values[tid], indices[tid] = values[tid + stride], indices[tid + stride]
+        stride //= 2
+    cuda.syncthreads()
+    best = values[0], indices[0]
+    cuda.syncthreads()                     # else the next call overwrites what a slow thread reads
+    return best
+
+
+def edit_logits_ref(scores, chunk_max, chunk_argmax, logits, rows, settings, bias, seen):
+    """scores = logits after bias, penalties and temperature, where a request asks for any of them,
+    and the largest of every chunk; not finite raw logits make it inf, which sampling refuses.
+
+    scores, logits (B, V) f32; chunk_max (B, chunks) f32 and chunk_argmax i32; rows (B,) i32 rows of
+    settings (.., 8) f32, bias (.., V) f32 and seen (.., V) i32.
+    """
+    (B, V), chunks = logits.shape, chunk_max.shape[1]
+    width = ceil_div(V, chunks)
+    for b, row in enumerate(rows):
+        x, s = logits[b], settings[row]
+        if s[EDITED]:
+            x = x + bias[row]
+            counts = seen[row] & (IN_PROMPT - 1)
+            penalize_ref(x, counts, seen[row] >= IN_PROMPT, s[REPETITION], s[PRESENCE],
+                         s[FREQUENCY])
+        if s[TEMPERATURE] > 0:
+            x = x / s[TEMPERATURE]
+        if s[EDITED] or s[TEMPERATURE] > 0:
+            scores[b] = x
+        for chunk in range(chunks):
+            part = x[chunk * width:(chunk + 1) * width]
+            raw = logits[b, chunk * width:(chunk + 1) * width]
+            bad = np.isnan(raw).any() or (raw == np.inf).any()
+            chunk_max[b, chunk] = np.inf if bad else part.max() if len(part) else -np.inf
+            chunk_argmax[b, chunk] = chunk * width + (part.argmax() if len(part) else 0)
+
+
+@cuda.jit(cache=True)
+def edit_logits_kernel(scores, chunk_max, chunk_argmax, logits, rows, settings, bias, seen):
+    """scores[b,v] = edited logits[b,v], and their maximum in each chunk of v
+
+    scores       (B, V)      f32   written, for requests that edit or sample
+    chunk_max    (B, chunks) f32   written; inf where a raw logit is NaN or inf
+    chunk_argmax (B, chunks) i32   written
+    logits       (B, V)      f32   read
+    rows         (B,)        i32   read
+    settings, bias, seen     f32, f32, i32   rows of them read
+    launch grid (chunks, B), thread block THREADS; a thread block owns a chunk of a row
+    moves  4*B*V bytes, does B*V flops: bandwidth-bound
+    twin   edit_logits_ref
+    """
+    start_next_kernel()
+    wait_for_inputs()
+    b, chunk, V = cuda.blockIdx.y, cuda.blockIdx.x, logits.shape[1]
+    row, width = rows[b], ceil_div_int(V, cuda.gridDim.x)
+    temperature, edited = settings[row, TEMPERATURE], settings[row, EDITED] > ZERO
+    first = chunk * width
+    best, best_v = NEG_INF, first
+    for v in range(first + cuda.threadIdx.x, min(first + width, V), THREADS):
+        x = logits[b, v]
+        bad = not (x < INF)                # NaN compares false
+        if edited:
+            x += bias[row, v]
+            word = seen[row, v]
+            count = word & (IN_PROMPT - 1)
+            if word > 0:
+                repetition = settings[row, REPETITION]
+                x = x / repetition if x > ZERO else x * repetition
+            if count > 0:
+                x -= settings[row, PRESENCE] + settings[row, FREQUENCY] * float32(count)
+        if temperature > ZERO:
+            x /= temperature
+        if edited or temperature > ZERO:
+            scores[b, v] = x
+        if bad:
+            x = INF
+        if larger(best, best_v, x, v):
+            best, best_v = x, v
+    best, best_v = block_argmax(best, best_v)
+    if cuda.threadIdx.x == 0:
+        chunk_max[b, chunk], chunk_argmax[b, chunk] = best, best_v
+
+
+def edit_logits(scores, chunk_max, chunk_argmax, logits, rows, settings, bias, seen, stream=0):
+    B, V = logits.shape
+    chunks = chunk_max.shape[1]
+    assert scores.shape == (B, V) and chunk_max.shape == chunk_argmax.shape == (B, chunks)
+    assert settings.shape[1] == NUM_SETTINGS and bias.shape == seen.shape, settings.shape
+    edit_logits_kernel[(chunks, B), THREADS, stream](scores, chunk_max, chunk_argmax, logits, rows,
+                                                     settings, bias, seen)
+
+
+@cuda.jit(device=True)
+def sortable(x):
+    """A word that orders as the float does."""
+    bits = float_bits(x)
+    flipped = uint32(0xFFFFFFFF) if bits >> uint32(31) else uint32(0x80000000)
+    return uint32(bits ^ flipped)
+
+
+@cuda.jit(device=True)
+def weight_of(x, m, exponent):
+    """exp(x - m) or 1, in 2^-32; nothing for a token that is ruled out."""
+    if x == NEG_INF:
+        return uint64(0)
+    return uint64(exp2((x - m) * exponent * LOG2E) * WEIGHT_ONE)
+
+
+@cuda.jit(device=True)
+def coarse_bin(x, m):
+    """Bins of an eighth from the maximum down; the last one takes the rest."""
+    return BINS - 1 - int32(min((m - x) * EIGHT, LAST_BIN))
+
+
+@cuda.jit(device=True)
+def lowest_kept(scores, b, floor, m, exponent, target, share):
+    """The lowest key kept, if keys from the top on are kept until their weights reach a target: the
+    target itself, or that share of the weight of all keys from `floor` on.
+
+    A histogram of the weights finds the bin where the target is reached, first by the distance from
+    the maximum `m`, which spreads the keys, then byte by byte among the keys that agree so far.
+    Top-k is top-p with flat weights.
+    """
+    bins = cuda.shared.array(BINS, uint64)
+    groups = cuda.shared.array(WARP, uint64)           # sums of BINS // WARP bins
+    found = cuda.shared.array(4, uint64)               # key, weight above it, target, coarse bin
+    tid, V, SIZE = cuda.threadIdx.x, scores.shape[1], BINS // WARP
+    if tid == 0:
+        found[0], found[1], found[2], found[3] = uint64(0), uint64(0), target, uint64(0)
+    for round_ in range(5):
+        for i in range(tid, BINS, cuda.blockDim.x):
+            bins[i] = uint64(0)
+        cuda.syncthreads()                 # else a weight is added to a bin not yet cleared
+        settled, coarse = uint32(found[0]), int32(found[3])
+        shift = uint32(32 - 8 * round_)    # of this round's byte; round 0 has none
+        for v in range(tid, V, cuda.blockDim.x):
+            x = scores[b, v]
+            key = sortable(x)
+            if key >= floor:
+                i = coarse_bin(x, m)
+                if round_ > 0:
+                    # agrees: the same coarse bin, and above this byte the bits found so far
+                    agrees = i == coarse and uint32(key ^ settled) >> shift >> uint32(8) == 0
+                    i = int32((key >> shift) & uint32(0xFF)) if agrees else -1
+                if i >= 0:
+                    cuda.atomic.add(bins, i, weight_of(x, m, exponent))
+        cuda.syncthreads()                 # else the sums below miss weights
+        if tid < WARP:
+            total = uint64(0)
+            for i in range(SIZE):
+                total += bins[tid * SIZE + i]
+            groups[tid] = total
+        cuda.syncthreads()                 # else the walk below misses a group
+        if tid == 0:
+            if round_ == 0 and share > ZERO:
+                total = uint64(0)
+                for i in range(WARP):
+                    total += groups[i]
+                found[2] = max(uint64(1), uint64(float32(total) * share))
+            above, i = found[1], WARP - 1
+            while i > 0 and above + groups[i] < found[2]:
+                above += groups[i]
+                i -= 1
+            i = i * SIZE + SIZE - 1
+            while i % SIZE > 0 and above + bins[i] < found[2]:
+                above += bins[i]
+                i -= 1
+            found[1] = above
+            if round_ == 0:
+                found[3] = uint64(i)
+            else:
+                found[0] = found[0] | (uint64(i) << uint64(shift))
+        cuda.syncthreads()                 # else the next round starts from the last one's key
+    key = uint32(found[0])
+    cuda.syncthreads()                     # else the next call overwrites it
+    return key
+
+
+@cuda.jit(device=True)
+def scramble(x):
+    """hash_u32 of one word."""
+    x = uint32(x ^ (x >> uint32(16)))
+    x = uint32(uint64(x) * uint64(0x7FEB352D) & uint64(0xFFFFFFFF))
+    x = uint32(x ^ (x >> uint32(15)))
+    x = uint32(uint64(x) * uint64(0x846CA68B) & uint64(0xFFFFFFFF))
+    return uint32(x ^ (x >> uint32(16)))
+
+
+@cuda.jit(device=True)
+def absorb(state, word):
+    return uint32(uint64(scramble(uint32(state ^ word))) + uint64(0x9E3779B9) & uint64(0xFFFFFFFF))
+
+
+@cuda.jit(device=True)
+def gumbel(state, token):
+    """gumbel_ref of one token."""
+    bits = scramble(uint32(state ^ scramble(uint32(token))))
+    uniform = (float32(bits >> uint32(9)) + float32(0.5)) * float32(2.0 ** -23)
+    return -math.log(-math.log(uniform))
+
+
+def sample_tokens_ref(sampled, state, seen, scores, chunk_max, chunk_argmax, rows, seq_lens,
+                      settings, seeds):
+    """The token of each request, and its state for the next step; -1 where no logit is finite.
+
+    sampled (B,) i32; state (rows, 2) i32: newest token and context length; seeds (rows, 2) u32;
+    the rest as in edit_logits_ref. The last row of state stands for nobody: it is left alone.
+    """
+    for b, row in enumerate(rows):
+        best = int(chunk_max[b].argmax())
+        token, s = int(chunk_argmax[b, best]), settings[row]
+        if not np.isfinite(chunk_max[b, best]):
+            token = -1
+        elif s[TEMPERATURE] > 0:
+            seed = int(seeds[row, 0]) | int(seeds[row, 1]) << 32
+            token = sample_ref(scores[b].copy(), 1, int(s[TOP_K]), s[TOP_P], s[MIN_P], seed,
+                               int(seq_lens[b]))
+        sampled[b] = token
+        if row < len(state) - 1:
+            state[row] = max(token, 0), seq_lens[b]
+            if s[EDITED] and token >= 0:
+                seen[row, token] += 1
+
+
+@cuda.jit(cache=True)
+def sample_tokens_kernel(sampled, state, seen, scores, chunk_max, chunk_argmax, rows, seq_lens,
+                         settings, seeds):
+    """sampled[b] = argmax_v of scores[b,v] + gumbel(seed, position, v), over the tokens kept
+
+    sampled      (B,)        i32   written; -1 where no logit is finite
+    state, seen  (rows, 2), (rows, V) i32   newest token, context length and count are written
+    scores       (B, V)      f32   read where a request samples, ten times with top-k and top-p
+    chunk_max, chunk_argmax (B, chunks) f32, i32   read
+    rows, seq_lens (B,)      i32   read
+    settings, seeds (rows, 8) f32, (rows, 2) u32   read
+    launch grid B, thread block SAMPLE_THREADS; a thread block owns a request
+    shared 8*SAMPLE_THREADS + 8*BINS bytes: argmax and histogram
+    moves  4*B*V bytes, does 40*B*V flops: latency-bound
+    twin   sample_tokens_ref
+    """
+    start_next_kernel()
+    wait_for_inputs()
+    b, tid, V = cuda.blockIdx.x, cuda.threadIdx.x, scores.shape[1]
+    row, best, token = rows[b], NEG_INF, -1
+    for chunk in range(chunk_max.shape[1]):
+        if larger(best, token, chunk_max[b, chunk], chunk_argmax[b, chunk]):
+            best, token = chunk_max[b, chunk], chunk_argmax[b, chunk]
+    if not (NEG_INF < best and best < INF):
+        token = -1
+    elif settings[row, TEMPERATURE] > ZERO:
+        floor = uint32(0)
+        k, share = settings[row, TOP_K], settings[row, TOP_P]
+        if k > ZERO and k < float32(V):
+            floor = lowest_kept(scores, b, floor, best, FLAT, uint64(k * WEIGHT_ONE), ZERO)
+        if share < ONE:
+            floor = max(floor, lowest_kept(scores, b, floor, best, PEAKED, uint64(0), share))
+        limit = NEG_INF
+        if settings[row, MIN_P] > ZERO:
+            limit = best + math.log(settings[row, MIN_P])
+        noise = absorb(uint32(0), seeds[row, 0])
+        noise = absorb(noise, seeds[row, 1])
+        noise = absorb(noise, uint32(seq_lens[b]))
+        drawn, drawn_v = NEG_INF, V
+        for v in range(tid, V, SAMPLE_THREADS):
+            x = scores[b, v]
+            if sortable(x) >= floor and x >= limit:
+                x += gumbel(noise, v)
+                if larger(drawn, drawn_v, x, v):
+                    drawn, drawn_v = x, v
+        drawn, drawn_v = block_argmax(drawn, drawn_v)
+        token = drawn_v
+    if tid == 0:
+        sampled[b] = token
+        if row < state.shape[0] - 1:
+            state[row, 0], state[row, 1] = max(token, 0), seq_lens[b]
+            if settings[row, EDITED] > ZERO and token >= 0:
+                seen[row, token] += 1
+
+
+def sample_tokens(sampled, state, seen, scores, chunk_max, chunk_argmax, rows, seq_lens, settings,
+                  seeds, stream=0):
+    B = len(sampled)
+    assert len(rows) == len(seq_lens) == len(scores) == len(chunk_max) == B, (B, scores.shape)
+    sample_tokens_kernel[B, SAMPLE_THREADS, stream](sampled, state, seen, scores, chunk_max,
+                                                    chunk_argmax, rows, seq_lens, settings, seeds)
+
+
 # -----------------------------------------------------------------------------
-# 7. The tables the engine runs on: the same names, twins or launchers
+# 9. The beginning of a decode step                                 (lesson 16)
+#
+# What a step needs to know of a request stays on the device: its newest token, its length, its
+# blocks. So a step whose batch has not changed needs nothing from the host.
 
-TWINS = SimpleNamespace(
-    embedding=embedding_ref, add=add_ref, silu_mul=silu_mul_ref, rmsnorm=rmsnorm_ref,
-    add_rmsnorm=add_rmsnorm_ref, matmul=matmul_ref, rope=rope_ref, write_kv=write_kv_ref,
-    paged_attention=paged_attention_ref)
 
-LAUNCHERS = SimpleNamespace(
-    embedding=embedding, add=add, silu_mul=silu_mul, rmsnorm=rmsnorm, add_rmsnorm=add_rmsnorm,
-    matmul=matmul_naive, rope=rope, write_kv=write_kv, paged_attention=attention_threepass)
+def begin_decode_ref(tokens, positions, slots, seq_lens, splits, inputs, state, block_tables,
+                     block_size, split):
+    """The flat arrays of a decode step, from the state that the last step left.
+
+    tokens, positions, slots, seq_lens (B,) i32 written; splits (B+1+splits,) i32 written: the first
+    split of each request, then the request of each split; inputs (2, B) i32: row of each request,
+    and the block to append to its table, used where its next token begins a block; state (rows, 2)
+    i32; block_tables (rows, max blocks) i32, appended to.
+    """
+    B, first = len(tokens), 0
+    for b, (row, new_block) in enumerate(inputs.T):
+        tokens[b], position = state[row]
+        if position % block_size == 0 and row < len(state) - 1:
+            block_tables[row, position // block_size] = new_block
+        block = block_tables[row, position // block_size]
+        positions[b], seq_lens[b] = position, position + 1
+        slots[b] = block * block_size + position % block_size
+        count = ceil_div(position + 1, split)
+        splits[b] = first
+        splits[B + 1 + first:B + 1 + first + count] = b
+        first += count
+    splits[B] = first
+
+
+@cuda.jit(cache=True)
+def begin_decode_kernel(tokens, positions, slots, seq_lens, splits, inputs, state, block_tables,
+                        block_size, split):
+    """positions[b] = state[row,1], slots[b] = block_tables[row, position // P] * P + position % P
+
+    tokens, positions, slots, seq_lens (B,)  i32   written
+    splits       (B+1+splits,)    i32   written
+    inputs       (2, B)           i32   read
+    state        (rows, 2)        i32   read
+    block_tables (rows, blocks)   i32   read, appended to where a block begins
+    launch one thread block of THREADS; a thread owns every THREADS-th request
+    moves  36*B bytes, does 0 flops: latency-bound
+    twin   begin_decode_ref
+    """
+    start_next_kernel()
+    wait_for_inputs()
+    B, tid = tokens.shape[0], cuda.threadIdx.x
+    for b in range(tid, B, THREADS):
+        row, new_block = inputs[0, b], inputs[1, b]
+        position = state[row, 1]
+        i, offset = position // block_size, position % block_size
+        if offset == 0 and row < state.shape[0] - 1:
+            block_tables[row, i] = new_block
+        tokens[b], positions[b], seq_lens[b] = state[row, 0], position, position + 1
+        slots[b] = block_tables[row, i] * block_size + offset
+    cuda.syncthreads()                     # else a length is read before it is written
+    for b in range(tid, B + 1, THREADS):
+        first = 0
+        for other in range(b):
+            first += ceil_div_int(seq_lens[other], split)
+        splits[b] = first
+        if b < B:
+            for i in range(ceil_div_int(seq_lens[b], split)):
+                splits[B + 1 + first + i] = b
+
+
+def begin_decode(tokens, positions, slots, seq_lens, splits, inputs, state, block_tables,
+                 block_size, split, stream=0):
+    B = len(tokens)
+    assert len(positions) == len(slots) == len(seq_lens) == B and inputs.shape == (2, B), B
+    begin_decode_kernel[1, THREADS, stream](tokens, positions, slots, seq_lens, splits, inputs,
+                                            state, block_tables, np.int32(block_size),
+                                            np.int32(split))
+
+
+# -----------------------------------------------------------------------------
+# 10. The table of all kernels, and the rungs that the engine runs on
+#
+# A row says what a kernel computes (its twin), on which inputs to try it, what it moves and does,
+# and one mistake that its test must notice. Tests and bench.py iterate over the rows.
+#
+# An example is made from the dimensions of a shape: `elements` turns float32 into the element type,
+# everything else keeps its own. Outputs are NaN (integers: -1), so what is not written shows.
+
+
+def lively(rng, *shape):
+    """Normal values with outliers, as real activations have; large arrays repeat themselves."""
+    count = math.prod(shape)
+    x = rng.standard_normal(min(count, 1 << 20)).astype(np.float32)
+    x[::7] *= 30
+    return np.resize(x, shape)
+
+
+def unwritten(*shape):
+    return np.full(shape, np.nan, np.float32)
+
+
+def embedding_example(rng, elements, T, C, V):
+    return [elements(unwritten(T, C)), rng.integers(0, V, T).astype(np.int32),
+            elements(lively(rng, V, C))]
+
+
+def last_rows_example(rng, elements, B, C):
+    return [elements(unwritten(B, C)), rng.integers(1, 2 * B + 1, B).astype(np.int32),
+            elements(lively(rng, 2 * B, C))]
+
+
+def add_example(rng, elements, T, C):
+    return [elements(lively(rng, T, C)), elements(lively(rng, T, C))]
+
+
+def silu_mul_example(rng, elements, T, F):
+    return [elements(unwritten(T, F)), elements(lively(rng, T, 2 * F))]
+
+
+def rmsnorm_example(rng, elements, T, C):
+    return [elements(unwritten(T, C)), elements(lively(rng, T, C)), elements(lively(rng, C)), 1e-5]
+
+
+def add_rmsnorm_example(rng, elements, T, C):
+    out, x, weight, eps = rmsnorm_example(rng, elements, T, C)
+    return [out, x, elements(lively(rng, T, C)), weight, eps]
+
+
+def matmul_example(rng, elements, T, N, K):
+    return [elements(unwritten(T, N)), elements(lively(rng, T, K)), elements(lively(rng, N, K))]
+
+
+def matmul_silu_mul_example(rng, elements, T, N, K):
+    """N counts the rows of both halves; the weights are small, or every gate would be 0 or 1."""
+    _, x, _ = matmul_example(rng, elements, T, 1, K)
+    weight = rng.standard_normal((N, K)).astype(np.float32) / np.float32(8 * math.sqrt(K))
+    return [elements(unwritten(T, N // 2)), x, elements(weight), elements(unwritten(T, N))]
+
+
+def rope_example(rng, elements, T, heads, D):
+    angles = rng.uniform(0, 7, (20, D // 2)).astype(np.float32)
+    return [elements(lively(rng, T, heads, D)), np.cos(angles), np.sin(angles),
+            rng.integers(0, 20, T).astype(np.int32)]
+
+
+def write_kv_example(rng, elements, T, G, D, P):
+    cache = unwritten(ceil_div(2 * T, P), P, G, D)
+    return [elements(cache), elements(cache), elements(lively(rng, T, G, D)),
+            elements(lively(rng, T, G, D)),
+            rng.permutation(cache.shape[0] * P)[:T].astype(np.int32)]
+
+
+def rope_write_kv_example(rng, elements, T, H, G, D, P):
+    qkv, cos, sin, positions = rope_example(rng, elements, T, H + 2 * G, D)
+    k_cache, v_cache, _, _, slots = write_kv_example(rng, elements, T, G, D, P)
+    return [qkv, k_cache, v_cache, cos, sin, positions, slots]
+
+
+def attention_example(rng, elements, H, G, D, P, contexts, queries, split=SPLIT):
+    """Requests with these contexts, of which the last `queries` tokens are this step's. Their
+    blocks lie anywhere, and slots that hold no token hold NaN."""
+    B, T, longest = len(contexts), sum(queries), max(contexts)
+    tables = rng.permutation(B * ceil_div(longest, P)).reshape(B, -1).astype(np.int32)
+    k_cache, v_cache = unwritten(tables.size, P, G, D), unwritten(tables.size, P, G, D)
+    rows = rng.permutation(B).astype(np.int32)
+    for row, S in zip(rows, contexts):
+        slots = (tables[row][:, None] * P + np.arange(P)).reshape(-1)[:S]
+        for cache in (k_cache, v_cache):
+            cache.reshape(-1, G, D)[slots] = lively(rng, S, G, D) / np.float32(5)
+    splits = count_splits(contexts, split)
+    return [elements(unwritten(T, H, D)), elements(lively(rng, T, H + 2 * G, D)),
+            elements(k_cache), elements(v_cache), tables, rows,
+            np.cumsum([0, *queries], dtype=np.int32), np.array(contexts, np.int32), splits,
+            unwritten(len(splits) - B - 1, H, D + 2)]
+
+
+def whole_contexts_example(rng, elements, H, G, D, P, contexts, queries):
+    return attention_example(rng, elements, H, G, D, P, contexts, queries, WHOLE)
+
+
+def settings_example(rng, B, V):
+    """rows, settings, bias, seen: greedy, edited, and sampled with every filter, in turns."""
+    settings = np.zeros((B + 1, NUM_SETTINGS), np.float32)
+    settings[:, [TOP_P, REPETITION]] = 1
+    settings[1::4, [TEMPERATURE, TOP_K]] = 0.7, 5
+    settings[2::4, [TEMPERATURE, TOP_P, MIN_P]] = 1.5, 0.8, 0.05
+    settings[3::4] = 1.2, 9, 0.9, 0.01, 1.3, 0.5, 0.25, 1
+    bias, seen = np.zeros((B + 1, V), np.float32), np.zeros((B + 1, V), np.int32)
+    bias[:, ::5], seen[:, ::3], seen[:, 1::6] = -2, 2, IN_PROMPT
+    bias[:, 3::11] = -np.inf
+    return rng.permutation(B).astype(np.int32), settings, bias, seen
+
+
+def edit_logits_example(rng, elements, B, V):
+    rows, settings, bias, seen = settings_example(rng, B, V)
+    logits = lively(rng, B, V) / np.float32(4)
+    if B > 2:
+        logits[1, V // 2] = np.nan                     # refused, whatever the request asks for
+    return [unwritten(B, V), unwritten(B, MAX_CHUNKS), np.full((B, MAX_CHUNKS), -1, np.int32),
+            logits, rows, settings, bias, seen]
+
+
+def sample_tokens_example(rng, elements, B, V):
+    example = edit_logits_example(rng, elements, B, V)
+    edit_logits_ref(*example)
+    scores, chunk_max, chunk_argmax, logits, rows, settings, _, seen = example
+    state = np.zeros((B + 1, 2), np.int32)
+    return [np.full(B, -1, np.int32), state, seen, scores, chunk_max, chunk_argmax, rows,
+            rng.integers(1, 99, B).astype(np.int32), settings,
+            rng.integers(0, 2**32, (B + 1, 2), np.uint32)]
+
+
+def begin_decode_example(rng, elements, B, P):
+    state = rng.integers(0, 3 * P, (B + 2, 2)).astype(np.int32)
+    rows = rng.permutation(B + 2)[:B].astype(np.int32)                 # may include nobody's row
+    state[-1] = 0
+    inputs = np.stack([rows, rng.integers(100, 200, B).astype(np.int32)])
+    splits = np.full(B + 1 + B * 3, -1, np.int32)
+    outputs = [np.full(B, -1, np.int32) for _ in range(4)]
+    return [*outputs, splits, inputs, state, rng.integers(0, 99, (B + 2, 4)).astype(np.int32), P, P]
+
+
+def late_by_one(out, qkv, k_cache, v_cache, tables, rows, starts, seq_lens, *workspace):
+    paged_attention_ref(out, qkv, k_cache, v_cache, tables, rows, starts,
+                        np.maximum(seq_lens - 1, np.diff(starts)))
+
+
+def unscaled(out, qkv, *rest):
+    paged_attention_ref(out, qkv * np.sqrt(qkv.shape[-1]), *rest)
+
+
+def adjacent_pairs(qk, cos, sin, positions):
+    c, s = cos[positions][:, None], sin[positions][:, None]
+    even, odd = qk[..., ::2].copy(), qk[..., 1::2].copy()
+    qk[..., ::2], qk[..., 1::2] = even * c - odd * s, odd * c + even * s
+
+
+def without_last_k(out, x, weight, *scratch):
+    matmul_ref(scratch[0] if scratch else out, x[:, :-1], weight[:, :-1])
+    if scratch:
+        silu_mul_ref(out, scratch[0])
+
+
+def unrotated_keys(qkv, k_cache, v_cache, cos, sin, positions, slots):
+    plain = qkv.copy()
+    rope_write_kv_ref(qkv, k_cache, v_cache, cos, sin, positions, slots)
+    G = k_cache.shape[2]
+    write_kv_ref(k_cache, v_cache, plain[:, -2 * G:-G], plain[:, -G:], slots)
+
+
+def no_bias(scores, chunk_max, chunk_argmax, logits, rows, settings, bias, seen):
+    edit_logits_ref(scores, chunk_max, chunk_argmax, logits, rows, settings, 0 * bias.clip(-9, 9),
+                    seen)
+
+
+def same_seed_for_all(sampled, state, seen, scores, chunk_max, chunk_argmax, rows, seq_lens,
+                      settings, seeds):
+    sample_tokens_ref(sampled, state, seen, scores, chunk_max, chunk_argmax, rows, seq_lens,
+                      settings, 0 * seeds)
+
+
+def forgets_new_blocks(tokens, positions, slots, seq_lens, splits, inputs, *rest):
+    begin_decode_ref(tokens, positions, slots, seq_lens, splits, inputs * [[1], [0]], *rest)
+
+
+def kernel_row(name, twin, launcher, example, shapes, moves, does, mutation, **options):
+    """shapes: dimensions of small, hostile examples; moves, does: bytes and flops as formulas, the
+    card's own; mutation: a wrong twin; types: of elements; workspace: arguments that only the
+    launcher needs."""
+    options = dict(types=("float32", "float16", "bfloat16"), workspace=()) | options
+    return SimpleNamespace(name=name, twin=twin, launcher=launcher, example=example, shapes=shapes,
+                           moves=moves, does=does, mutation=mutation, **options)
+
+
+TC = (dict(T=1, C=1), dict(T=3, C=50), dict(T=2, C=300))
+MATMULS = (dict(T=1, N=1, K=1), dict(T=3, N=50, K=7), dict(T=2, N=33, K=65))
+TENSOR_MATMULS = (dict(T=1, N=16, K=8), dict(T=19, N=48, K=88), dict(T=33, N=32, K=264))
+STREAMED_MATMULS = (dict(T=1, N=1, K=8), dict(T=3, N=50, K=40), dict(T=10, N=18, K=600))
+ROTATIONS = (dict(T=1, heads=1, D=2), dict(T=4, heads=3, D=26))
+WRITES = (dict(T=1, H=1, G=1, D=2, P=1), dict(T=3, H=4, G=2, D=70, P=4))
+# a decode step, a chunk whose context began earlier, a whole prompt; grouped and not
+MIXED = dict(P=4, contexts=(9, 6, 2), queries=(1, 2, 2))
+ATTENTIONS = (dict(H=1, G=1, D=6, **MIXED), dict(H=4, G=2, D=40, **MIXED),
+              dict(H=6, G=1, D=6, **MIXED))
+TILED_ATTENTIONS = (dict(H=1, G=1, D=16, **MIXED),
+                    dict(H=2, G=1, D=48, P=16, contexts=(90, 18), queries=(18, 5)))
+DECODES = (dict(H=1, G=1, D=64, P=16, contexts=(1,), queries=(1,)),
+           dict(H=6, G=2, D=64, P=4, contexts=(5, 40), queries=(1, 1)),
+           dict(H=16, G=1, D=64, P=16, contexts=(270,), queries=(1,)))
+TENSOR = dict(types=("float16", "bfloat16"))
+SCRATCH, PARTIAL = dict(workspace=(3,)), dict(workspace=(9,))
+MATMUL_MOVES, MATMUL_DOES = "E*(T*N + T*K + N*K)", "2*T*N*K"
+
+KERNELS = (
+    kernel_row("embedding", embedding_ref, embedding, embedding_example,
+               (dict(T=1, C=1, V=1), dict(T=3, C=50, V=9)), "2*T*C*E + 4*T", "0",
+               lambda out, tokens, table: embedding_ref(out, tokens, table[::-1])),
+    kernel_row("last_rows", last_rows_ref, last_rows, last_rows_example,
+               (dict(B=1, C=1), dict(B=3, C=50)), "2*B*C*E + 4*B", "0",
+               lambda out, ends, x: embedding_ref(out, ends - 2, x)),
+    kernel_row("add", add_ref, add, add_example, TC, "3*T*C*E", "T*C",
+               lambda x, delta: add_ref(x, -delta)),
+    kernel_row("silu_mul", silu_mul_ref, silu_mul, silu_mul_example,
+               (dict(T=1, F=1), dict(T=3, F=50)), "3*T*F*E", "5*T*F",
+               lambda out, gate_up: silu_mul_ref(out, np.roll(gate_up, out.shape[1], axis=1))),
+    kernel_row("rmsnorm", rmsnorm_ref, rmsnorm, rmsnorm_example, TC, "2*T*C*E + C*E", "4*T*C",
+               lambda out, x, weight, eps: rmsnorm_ref(out, x, weight, 2 * np.square(x).mean())),
+    kernel_row("add_rmsnorm", add_rmsnorm_ref, add_rmsnorm, add_rmsnorm_example, TC,
+               "4*T*C*E + C*E", "5*T*C",
+               lambda out, x, delta, weight, eps: rmsnorm_ref(out, x, weight, eps)),
+    kernel_row("matmul naive", matmul_ref, matmul_naive, matmul_example, MATMULS, MATMUL_MOVES,
+               MATMUL_DOES, without_last_k),
+    kernel_row("matmul tiled", matmul_ref, matmul_tiled, matmul_example, MATMULS, MATMUL_MOVES,
+               MATMUL_DOES, without_last_k),
+    kernel_row("matmul tensor", matmul_ref, matmul_tensor, matmul_example, TENSOR_MATMULS,
+               MATMUL_MOVES, MATMUL_DOES, without_last_k, **TENSOR),
+    kernel_row("matmul tensor SwiGLU", matmul_silu_mul_ref, matmul_silu_mul_tensor,
+               matmul_silu_mul_example, TENSOR_MATMULS, MATMUL_MOVES, MATMUL_DOES, without_last_k,
+               **TENSOR, **SCRATCH),
+    kernel_row("matmul warp", matmul_ref, matmul_warp, matmul_example, MATMULS, MATMUL_MOVES,
+               MATMUL_DOES, without_last_k),
+    kernel_row("matmul streamed", matmul_ref, matmul_streamed, matmul_example, STREAMED_MATMULS,
+               MATMUL_MOVES, MATMUL_DOES, without_last_k, **TENSOR),
+    kernel_row("matmul streamed SwiGLU", matmul_silu_mul_ref, matmul_silu_mul_streamed,
+               matmul_silu_mul_example, (dict(T=1, N=2, K=8), dict(T=9, N=50, K=296)),
+               MATMUL_MOVES, MATMUL_DOES, without_last_k, **TENSOR, **SCRATCH),
+    kernel_row("rope", rope_ref, rope, rope_example, ROTATIONS, "2*T*(H+G)*D*E", "3*T*(H+G)*D",
+               adjacent_pairs),
+    kernel_row("write_kv", write_kv_ref, write_kv, write_kv_example,
+               (dict(T=1, G=1, D=2, P=1), dict(T=3, G=3, D=5, P=4)), "4*T*G*D*E", "0",
+               lambda k_cache, v_cache, k, v, slots: write_kv_ref(k_cache, v_cache, v, k, slots)),
+    kernel_row("rope_write_kv", rope_write_kv_ref, rope_write_kv, rope_write_kv_example, WRITES,
+               "2*T*(H+2*G)*D*E + T*G*D*E", "3*T*(H+G)*D", unrotated_keys),
+    kernel_row("attention threepass", paged_attention_ref, attention_threepass, attention_example,
+               ATTENTIONS, "2*T*H*D*E + T*H*S*D*E*(3+D)", "2*T*H*S*D*(3+D)", late_by_one),
+    kernel_row("attention online", paged_attention_ref, attention_online, attention_example,
+               ATTENTIONS, "2*T*H*D*E + 2*T*H*S*D*E", "4*T*H*S*D", unscaled),
+    kernel_row("attention tiled", paged_attention_ref, attention_tiled, attention_example,
+               TILED_ATTENTIONS, "2*T*H*D*E + 2*T*H*S*D*E/QUERIES", "4*T*H*S*D", late_by_one,
+               **TENSOR),
+    kernel_row("paged decode", paged_attention_ref, paged_decode, whole_contexts_example, DECODES,
+               "2*B*S*G*D*E", "4*B*H*S*D", unscaled, **TENSOR, **PARTIAL),
+    kernel_row("paged decode split", paged_attention_ref, paged_decode_split, attention_example,
+               DECODES, "2*B*S*G*D*E", "4*B*H*S*D", late_by_one, **TENSOR, **PARTIAL),
+    kernel_row("edit_logits", edit_logits_ref, edit_logits, edit_logits_example,
+               (dict(B=1, V=1), dict(B=5, V=131)), "4*B*V", "B*V", no_bias, types=("float32",)),
+    kernel_row("sample_tokens", sample_tokens_ref, sample_tokens, sample_tokens_example,
+               (dict(B=1, V=1), dict(B=5, V=131)), "4*B*V", "40*B*V", same_seed_for_all,
+               types=("float32",)),
+    kernel_row("begin_decode", begin_decode_ref, begin_decode, begin_decode_example,
+               (dict(B=1, P=1), dict(B=40, P=4)), "36*B", "0", forgets_new_blocks,
+               types=("float32",)),
+)
+
+
+def operations(**table):
+    return SimpleNamespace(**table)
+
+
+# what the engine calls: twins and launchers take the same arguments
+TWINS = operations(
+    embedding=embedding_ref, last_rows=last_rows_ref, rmsnorm=rmsnorm_ref,
+    add_rmsnorm=add_rmsnorm_ref, add=add_ref,
+    rope_write_kv=rope_write_kv_ref, matmul=matmul_ref, matmul_decode=matmul_ref,
+    matmul_silu_mul=matmul_silu_mul_ref, matmul_silu_mul_decode=matmul_silu_mul_ref,
+    attention=paged_attention_ref, attention_decode=paged_attention_ref,
+    begin_decode=begin_decode_ref, edit_logits=edit_logits_ref, sample_tokens=sample_tokens_ref)
+
+ON_DEVICE = dict(
+    embedding=embedding, last_rows=last_rows, rmsnorm=rmsnorm, add_rmsnorm=add_rmsnorm, add=add,
+    begin_decode=begin_decode, edit_logits=edit_logits, sample_tokens=sample_tokens)
+
+# slowest first; each gives the tokens of the others
+RUNGS = {
+    "naive": operations(
+        **ON_DEVICE, rope_write_kv=rope_write_kv_unfused,
+        matmul=matmul_naive, matmul_decode=matmul_naive,
+        matmul_silu_mul=matmul_silu_mul_naive, matmul_silu_mul_decode=matmul_silu_mul_naive,
+        attention=attention_threepass, attention_decode=attention_threepass),
+    "tiled": operations(
+        **ON_DEVICE, rope_write_kv=rope_write_kv,
+        matmul=matmul_tiled, matmul_decode=matmul_warp,
+        matmul_silu_mul=matmul_silu_mul_tiled, matmul_silu_mul_decode=matmul_silu_mul_warp,
+        attention=attention_online, attention_decode=attention_online),
+    "tensor": operations(
+        **ON_DEVICE, rope_write_kv=rope_write_kv,
+        matmul=matmul_tensor, matmul_decode=matmul_streamed,
+        matmul_silu_mul=matmul_silu_mul_tensor, matmul_silu_mul_decode=matmul_silu_mul_streamed,
+        attention=attention_tiled, attention_decode=paged_decode_split),
+}
+
+
+def fits_tensor_cores(H, G, D, C, F):
+    """None if the tensor-core kernels can run these shapes, otherwise why not."""
+    for name, value in (("hidden_size", C), ("intermediate_size", F), ("heads * head_dim", H * D),
+                        ("kv heads * head_dim", G * D)):
+        if value % 8:
+            return f"{name} {value} is no multiple of 8"
+    if D % 64 or D > 256:
+        return f"head_dim {D} is no multiple of 64 up to 256"
+    if H // G > 16:
+        return f"{H // G} query heads share a KV head, more than 16"
+    return None

@@ -4,6 +4,8 @@ Tests that compare with transformers in the same process run where it is install
 the values it gave, stored in demo/golden.json, stand in. `python test_tinyvllm.py` writes them.
 """
 
+import ast
+import importlib.util
 import json
 import math
 import os
@@ -26,11 +28,17 @@ from safetensors.numpy import save_file
 
 import kernels_numba as kernels
 import tinyvllm
-from tinyvllm import LLM, BlockAllocator, Detokenizer, Engine, SamplingParams, Tokenizer, UserError
+from tinyvllm import LLM, BlockAllocator, Detokenizer, SamplingParams, Tokenizer, UserError
 
 ROOT = Path(__file__).resolve().parent
 GOLDEN = ROOT / "demo" / "golden.json"
 GREEDY = SamplingParams(temperature=0.0, max_tokens=16, ignore_eos=True)
+
+
+def Engine(*arguments, device="cpu", **options):
+    """On the twins, unless a test says otherwise: most promises are not about the GPU."""
+    return tinyvllm.Engine(*arguments, device=device, **options)
+
 
 # -----------------------------------------------------------------------------
 # Random checkpoints, the same in every run
@@ -121,9 +129,11 @@ def prompt_ids(length, vocab_size=256, seed=0):
 
 def poisoned(engine):
     """The same engine with NaN wherever nothing was written yet: whoever reads it is found out."""
-    for name, buffer in vars(engine).items():
-        if isinstance(buffer, np.ndarray) and name not in ("cos", "sin"):
-            buffer.fill(np.nan)
+    kept = ("cos", "sin", "settings")
+    for name, value in vars(engine).items():
+        for buffer in value if isinstance(value, list) else [value]:
+            if isinstance(buffer, np.ndarray) and buffer.dtype.kind == "f" and name not in kept:
+                buffer.fill(np.nan)
     return engine
 
 
@@ -137,10 +147,11 @@ def all_logits(engine, ids):
     """Logits (T, V) of every position of a prompt, from one prefill step."""
     engine.allocator.forget_hashes()
     engine.add_request("logits", {"prompt_token_ids": ids}, GREEDY)
-    batch = engine.schedule()
-    rows, x = np.arange(len(ids), dtype=np.int32), engine.forward(batch)
-    logits = np.concatenate([engine.compute_logits(x, rows[i:i + 16]).copy()
-                             for i in range(0, len(ids), 16)])
+    engine.start(engine.schedule())
+    ends = np.arange(1, len(ids) + 1, dtype=np.int32)
+    logits = np.concatenate([
+        engine.place.download(engine.compute_logits(engine.on_device(part), len(part))).copy()
+        for part in np.split(ends, range(16, len(ids), 16))])
     engine.abort_request("logits")
     engine.allocator.forget_hashes()
     return logits
@@ -228,24 +239,15 @@ def test_a_deep_context_stays_equal(checkpoints):
     assert tokens_of(engine, [ids], deep) == [hf_greedy(torch, model, ids, 400)]
 
 
-def adjacent_pairs_rope(qk, cos, sin, positions):
-    c, s = cos[positions][:, None], sin[positions][:, None]
-    even, odd = qk[..., ::2].copy(), qk[..., 1::2].copy()
-    qk[..., ::2], qk[..., 1::2] = even * c - odd * s, odd * c + even * s
+def adjacent_pairs_rope(qkv, k_cache, v_cache, cos, sin, positions, slots):
+    G = k_cache.shape[2]
+    kernels.adjacent_pairs(qkv[:, :-G], cos, sin, positions)
+    kernels.write_kv_ref(k_cache, v_cache, qkv[:, -2 * G:-G], qkv[:, -G:], slots)
 
 
-def unscaled_attention(out, q, *rest):
-    kernels.paged_attention_ref(out, q * np.float32(math.sqrt(q.shape[-1])), *rest)
-
-
-def late_by_one_attention(out, q, k, v, block_tables, query_starts, seq_lens):
-    kernels.paged_attention_ref(out, q, k, v, block_tables, query_starts,
-                                np.maximum(seq_lens - 1, np.diff(query_starts)))
-
-
-@pytest.mark.parametrize("name, mutation",
-                         [("rope", adjacent_pairs_rope), ("paged_attention", unscaled_attention),
-                                            ("paged_attention", late_by_one_attention)])
+@pytest.mark.parametrize("name, mutation", [
+    ("rope_write_kv", adjacent_pairs_rope), ("attention", kernels.unscaled),
+    ("attention_decode", kernels.unscaled), ("attention_decode", kernels.late_by_one)])
 def test_the_parity_test_catches(name, mutation, checkpoints, golden):
     engine = Engine(checkpoints("gqa"))
     engine.ops = tinyvllm.kernels.SimpleNamespace(**vars(kernels.TWINS) | {name: mutation})
@@ -311,7 +313,7 @@ def test_an_interrupted_step_leaves_no_half_written_prefix(checkpoints, monkeypa
     def interrupt(*arguments):
         raise KeyboardInterrupt
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(engine, "pack", interrupt)
+        patch.setattr(engine, "pack_prefill", interrupt)
         engine.generate([ids], GREEDY)
     assert not any(engine.allocator.ref_counts) and not engine.requests
     output, = engine.generate([ids], GREEDY)
@@ -389,71 +391,431 @@ def test_matmul_of_few_and_many_tokens_agree_with_float64(T):
         np.float32).eps * 10
 
 
-def kernel_cases():
-    """(name, arrays, scalars), the first array or two written; sizes of 1 and no multiples."""
-    rng = np.random.default_rng(0)
+# -----------------------------------------------------------------------------
+# Kernels: on the GPU where there is one, in the simulator elsewhere  (lessons 4 to 12)
 
-    def f32(*shape):
-        x = rng.standard_normal(shape).astype(np.float32)
-        x.flat[::7] *= 30                          # outliers, as real activations have
-        return x
-
-    def nan(*shape):
-        return np.full(shape, np.nan, np.float32)
-    for T, C in ((1, 1), (3, 50), (2, 300)):
-        yield "embedding", [nan(T, C), rng.integers(0, 9, T).astype(np.int32), f32(9, C)], []
-        yield "add", [f32(T, C), f32(T, C)], []
-        yield "silu_mul", [nan(T, C), f32(T, 2 * C)], []
-        yield "rmsnorm", [nan(T, C), f32(T, C), f32(C)], [1e-5]
-        yield "add_rmsnorm", [nan(T, C), f32(T, C), f32(T, C), f32(C)], [1e-5]
-    for T, N, K in ((1, 1, 1), (3, 50, 7), (2, 33, 65)):
-        yield "matmul", [nan(T, N), f32(T, K), f32(N, K)], []
-    for heads, D in ((1, 2), (3, 26)):
-        yield "rope", [f32(4, heads, D), f32(20, D // 2), f32(20, D // 2),
-                       rng.integers(0, 20, 4).astype(np.int32)], []
-    for P, G, D in ((1, 1, 2), (4, 3, 5)):
-        slots = rng.permutation(6 * P)[:3].astype(np.int32)
-        yield "write_kv", [nan(6, P, G, D), nan(6, P, G, D), f32(3, G, D), f32(3, G, D), slots], []
-    for H, G in ((1, 1), (4, 2), (6, 1)):
-        # a decode step, a chunk whose context began earlier, a whole prompt; NaN where nothing is
-        P, D, seq_lens, counts = 4, 6, np.array([9, 7, 4], np.int32), [1, 3, 4]
-        tables, caches = rng.permutation(9).reshape(3, 3).astype(np.int32), nan(2, 9, P, G, D)
-        for b, S in enumerate(seq_lens):
-            for s in range(S):
-                caches[:, tables[b, s // P], s % P] = f32(2, G, D)
-        yield "paged_attention", [nan(8, H, D), f32(8, H, D), *caches, tables,
-                                  np.cumsum([0] + counts, dtype=np.int32), seq_lens], []
+EPSILON = {"float32": 2.0 ** -23, "float16": 2.0 ** -10, "bfloat16": 2.0 ** -7}
 
 
-@pytest.mark.parametrize("case", list(kernel_cases()),
-                         ids=lambda case: f"{case[0]} {case[1][0].shape}")
+def to_elements(dtype):
+    kind = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}[dtype]
+    return lambda array: array.astype(kind).view(np.uint16 if dtype == "bfloat16" else kind)
+
+
+def widened(array):
+    """An array as its twin gets it: elements as float64, everything else a copy."""
+    if not isinstance(array, np.ndarray):
+        return array
+    if array.dtype == np.uint16:
+        array = array.view(ml_dtypes.bfloat16)
+    return array.astype(np.float64) if array.dtype.kind not in "iu" else array.copy()
+
+
+def differences(row, dtype, arguments, ours, theirs):
+    """What is wrong with `ours`, one line an array: all of them are compared, so stray writes show.
+    The bound: one rounding to the element type, and float32 sums of the longest row."""
+    found = []
+    length = max(a.shape[-1] for a in arguments if isinstance(a, np.ndarray))
+    relative = EPSILON[dtype] + 4 * EPSILON["float32"] * math.sqrt(length)
+    for n, (mine, right) in enumerate(zip(ours, theirs)):
+        if n in row.workspace or not isinstance(right, np.ndarray):
+            continue
+        mine, right = mine.astype(np.float64), right.astype(np.float64)
+        finite = np.isfinite(right)
+        bound = 0 if arguments[n].dtype.kind in "iu" and arguments[n].dtype != np.uint16 else \
+            relative * np.abs(right[finite]).max(initial=0)
+        wrong = ~np.isclose(mine, right, rtol=0, atol=bound, equal_nan=True)
+        if wrong.any():
+            at = tuple(int(x) for x in np.argwhere(wrong)[0])
+            found.append(f"array {n} at {at}: {mine[at]} instead of {right[at]}, bound {bound:.3g}")
+    return found
+
+
+def twin_of(row, function, arguments):
+    """The arrays after a twin: in float64, sampling in its own float32."""
+    single = row.types == ("float32",)
+    arrays = [a.copy() if single and isinstance(a, np.ndarray) else widened(a) for a in arguments]
+    function(*arrays)
+    return arrays
+
+
+def row_cases():
+    for row in kernels.KERNELS:
+        # in the simulator float16 would only repeat what bfloat16 has shown
+        types = row.types if HAS_GPU or len(row.types) == 1 else set(row.types) - {"float16"}
+        for dims in row.shapes:
+            yield from ((row, dims, dtype) for dtype in sorted(types))
+
+
+def row_id(case):
+    row, dims, dtype = case
+    return f"{row.name} {dtype} " + " ".join(f"{name}={value}" for name, value in dims.items())
+
+
+@pytest.mark.parametrize("case", list(row_cases()), ids=row_id)
 def test_kernel_equals_its_twin(case):
-    """On the GPU where there is one, in the simulator elsewhere. All arrays are compared, so stray
-    writes show."""
-    name, arrays, scalars = case
-    on_device = [cuda.to_device(a) for a in arrays]
-    getattr(kernels.LAUNCHERS, name)(*on_device, *scalars)
-    expected = [a.astype(np.float64) if a.dtype == np.float32 else a.copy() for a in arrays]
-    getattr(kernels.TWINS, name)(*expected, *scalars)
-    length = max(a.shape[-1] for a in arrays)
-    for ours, theirs in zip((a.copy_to_host() for a in on_device), expected):
-        assert np.array_equal(np.isnan(ours), np.isnan(theirs))
-        bound = 4e-7 * math.sqrt(length) * 30 ** 2
-        assert np.nanmax(np.abs(ours - theirs), initial=0) <= bound
+    row, dims, dtype = case
+    arguments = row.example(np.random.default_rng(0), to_elements(dtype), **dims)
+    on_device = [cuda.to_device(a) if isinstance(a, np.ndarray) else a for a in arguments]
+    row.launcher(*on_device)
+    ours = [widened(a.copy_to_host()) if isinstance(b, np.ndarray) else a
+            for a, b in zip(on_device, arguments)]
+    assert not differences(row, dtype, arguments, ours, twin_of(row, row.twin, arguments))
 
 
-def test_the_kernels_give_the_tokens_of_the_twins(tiny):
-    device, ids = "cuda" if HAS_GPU else "sim", [prompt_ids(6, 97), prompt_ids(3, 97)]
-    params = SamplingParams(temperature=0, max_tokens=3, ignore_eos=True)
-    on_kernels = Engine(tiny, device=device, block_size=4, max_model_len=16)
-    assert tokens_of(on_kernels, ids, params) == tokens_of(Engine(tiny, block_size=4), ids, params)
+@pytest.mark.parametrize("row", kernels.KERNELS, ids=lambda row: row.name)
+def test_the_comparison_catches_the_mutation(row):
+    dtype, caught = row.types[-1], []
+    for dims in row.shapes:
+        arguments = row.example(np.random.default_rng(0), to_elements(dtype), **dims)
+        right, wrong = (twin_of(row, function, arguments) for function in (row.twin, row.mutation))
+        caught += differences(row, dtype, arguments, wrong, right)
+    assert caught
 
 
-@pytest.mark.skipif(not HAS_GPU, reason="needs a GPU")
+@pytest.mark.parametrize("row", kernels.KERNELS, ids=lambda row: row.name)
+def test_every_card_gives_the_formulas_of_its_row(row):
+    source = (ROOT / "kernels_numba.py").read_text()
+    assert f"moves  {row.moves} bytes, does {row.does} flops" in source
+
+
+def test_every_kernel_has_a_card():
+    tree = ast.parse((ROOT / "kernels_numba.py").read_text())
+    cards = {node.name: ast.get_docstring(node) or "" for node in ast.walk(tree)
+             if isinstance(node, ast.FunctionDef) and node.name.endswith("_kernel")}
+    cards.pop("start_next_kernel")
+    assert len(cards) > 15
+    for name, card in cards.items():
+        assert all(field in card for field in ("launch ", "moves ", "twin ")), name
+
+
+def alone(name):
+    """The source of one function of kernels_numba.py with all that it names, in the old order."""
+    source = (ROOT / "kernels_numba.py").read_text()
+    statements = ast.parse(source).body
+    home, uses = {}, []
+    for n, statement in enumerate(statements):
+        names = {node.id: type(node.ctx) for node in ast.walk(statement)
+                 if isinstance(node, ast.Name)}
+        uses.append(set(names))
+        for node in ast.walk(statement):
+            if isinstance(node, (ast.Import, ast.ImportFrom)):
+                home |= {(alias.asname or alias.name).split(".")[0]: n for alias in node.names}
+        inner = statement.body + statement.orelse if isinstance(statement, ast.If) else [statement]
+        for part in inner:
+            if isinstance(part, (ast.FunctionDef, ast.ClassDef)):
+                home[part.name] = n
+            elif isinstance(part, ast.Assign):
+                home |= {node.id: n for node in ast.walk(part)
+                         if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+    wanted, queue = set(), [name]
+    while queue:
+        n = home.get(queue.pop())
+        if n is not None and n not in wanted:
+            wanted.add(n)
+            queue += uses[n]
+    # SIMULATOR itself says which half of the instructions is meant
+    lines = source.splitlines()
+
+    def text(statement):
+        decorators = getattr(statement, "decorator_list", [])
+        first = min([statement.lineno] + [decorator.lineno for decorator in decorators])
+        return "\n".join(lines[first - 1:statement.end_lineno])
+    return "\n\n".join(text(statements[n]) for n in sorted(wanted))
+
+
+@pytest.mark.parametrize("row", kernels.KERNELS, ids=lambda row: row.name)
+def test_a_kernel_pasted_alone_into_a_new_file_runs(row, tmp_path):
+    copied = alone(row.launcher.__name__)
+    assert len(copied) < len((ROOT / "kernels_numba.py").read_text()) / 2
+    path = tmp_path / "copied.py"
+    path.write_text(copied)
+    spec = importlib.util.spec_from_file_location("copied_" + re.sub(r"\W", "_", row.name), path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module                # where Numba looks for the module of a function
+    spec.loader.exec_module(module)
+    dtype = row.types[-1]
+    arguments = row.example(np.random.default_rng(0), to_elements(dtype), **row.shapes[0])
+    on_device = [cuda.to_device(a) if isinstance(a, np.ndarray) else a for a in arguments]
+    getattr(module, row.launcher.__name__)(*on_device)
+    ours = [widened(a.copy_to_host()) if isinstance(b, np.ndarray) else a
+            for a, b in zip(on_device, arguments)]
+    assert not differences(row, dtype, arguments, ours, twin_of(row, row.twin, arguments))
+
+
+# the simulator is chosen when Numba is imported, so PTX is made by another process
+COMPILE_TO_PTX = """
+import json, sys
+from types import SimpleNamespace
+import numpy as np, ml_dtypes
+from numba import cuda, types, typeof
+from numba.cuda import dispatcher
+import kernels_numba as kernels
+asked = []                                         # (kernel, arguments) of every launch
+class Recorder:
+    def __init__(self, kernel): self.kernel = kernel
+    def __call__(self, *arguments): asked.append((self.kernel, arguments))
+dispatcher.CUDADispatcher.__getitem__ = lambda kernel, configuration: Recorder(kernel)
+kernels.launch = lambda kernel, grid, threads, stream, shared, *a: asked.append((kernel, a))
+def elements(array):
+    return array.astype(ml_dtypes.bfloat16).view(np.uint16)
+found = {}
+for capability in ((8, 0), (9, 0)):
+    gpu = SimpleNamespace(compute_capability=capability, MULTIPROCESSOR_COUNT=132)
+    dispatcher.get_current_device = cuda.get_current_device = lambda: gpu
+    for row in kernels.KERNELS:
+        asked.clear()
+        plain = len(row.types) == 1
+        row.launcher(*row.example(np.random.default_rng(0), (lambda a: a) if plain else elements,
+                                  **row.shapes[-1]))
+        for kernel, arguments in asked:
+            kernel.overloads.clear()
+            signature = types.void(*(typeof(a) for a in arguments))
+            ptx, _ = cuda.compile_ptx(kernel.py_func, signature, cc=capability)
+            found.setdefault(f"{row.name} sm_{capability[0]}{capability[1]}", []).append(ptx)
+json.dump(found, sys.stdout)
+"""
+TENSOR_CORES = ("mma.sync.aligned.m16n8k16", "bf16")
+INSTRUCTIONS = {
+    "matmul tensor": (*TENSOR_CORES, "ldmatrix.sync", "cp.async.cg.shared.global"),
+    "matmul tensor SwiGLU": (*TENSOR_CORES, "ldmatrix.sync", "cp.async.cg.shared.global"),
+    "matmul streamed": (*TENSOR_CORES, "ld.global.nc.L1::no_allocate.L2::128B.v4.u32"),
+    "matmul streamed SwiGLU": (*TENSOR_CORES, "ld.global.nc.L1::no_allocate.L2::128B.v4.u32"),
+    "matmul warp": ("shfl.sync.bfly",),
+    "attention online": ("shfl.sync.bfly", "ex2.approx"),
+    "attention tiled": (*TENSOR_CORES, "ldmatrix.sync", ".trans", "cp.async", "ex2.approx"),
+    "paged decode": (*TENSOR_CORES, "ld.global.v4.u32", "shfl.sync.idx"),
+    "paged decode split": (*TENSOR_CORES, "ld.global.v4.u32", "shfl.sync.idx"),
+}
+
+
+@pytest.fixture(scope="session")
+def ptx():
+    pytest.importorskip("numba_cuda")
+    environment = {k: v for k, v in os.environ.items() if k != "NUMBA_ENABLE_CUDASIM"}
+    result = subprocess.run([sys.executable, "-c", COMPILE_TO_PTX], cwd=ROOT, env=environment,
+                            capture_output=True, text=True, timeout=600)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return json.loads(result.stdout)
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
+@pytest.mark.parametrize("row", kernels.KERNELS, ids=lambda row: row.name)
+def test_ptx_has_the_instructions_meant_no_double_and_no_local_memory(row, target, ptx):
+    text = "\n".join(ptx[f"{row.name} {target}"])
+    assert f".target {target}" in text
+    assert ".f64" not in text and not re.search(r"\.local\b", text)
+    assert all(instruction in text for instruction in INSTRUCTIONS.get(row.name, ()))
+    assert ("griddepcontrol.wait" in text) == (target == "sm_90")
+
+
+# -----------------------------------------------------------------------------
+# The engine on the kernels
+
+DEVICE = "cuda" if HAS_GPU else "sim"
+needs_gpu = pytest.mark.skipif(not HAS_GPU, reason="needs a GPU")
+
+
+@pytest.fixture(scope="session")
+def small(tmp_path_factory):
+    """Small enough for the simulator, with shapes that the tensor-core kernels take; of this seed
+    the likeliest tokens are far ahead of the second, beyond the noise of bfloat16."""
+    return make_checkpoint(tmp_path_factory.mktemp("small"), dtype="BF16", hidden_size=16,
+                           intermediate_size=24, num_attention_heads=2, num_key_value_heads=1,
+                           head_dim=64, num_hidden_layers=1, vocab_size=40, seed=5)
+
+
+@pytest.mark.parametrize("options", [dict(dtype="float32", rung="naive"), dict(dtype="float32"),
+                                     dict(rung="naive"), dict()], ids=str)
+def test_every_rung_gives_the_tokens_of_the_twins(options, small):
+    ids = [prompt_ids(5, 40), prompt_ids(2, 40)]
+    params = SamplingParams(temperature=0, max_tokens=2, ignore_eos=True)
+    engine = Engine(small, device=DEVICE, block_size=4, max_model_len=8, max_num_seqs=2, **options)
+    assert engine.rung == options.get("rung", "tiled" if "dtype" in options else "tensor")
+    twins = Engine(small, device="cpu", block_size=4, max_model_len=8)
+    assert tokens_of(engine, ids, params) == tokens_of(twins, ids, params)
+
+
+def test_the_kernels_sample_as_the_twins_do(small):
+    params = [SamplingParams(temperature=1.0, seed=3, max_tokens=3, ignore_eos=True),
+              SamplingParams(temperature=0.8, top_k=9, top_p=0.9, min_p=0.02, seed=4, max_tokens=3,
+                             repetition_penalty=1.3, presence_penalty=0.5, frequency_penalty=0.5,
+                             min_tokens=2, logit_bias={7: 2.0})]
+    ids = [prompt_ids(4, 40), prompt_ids(3, 40)]
+    options = dict(block_size=4, max_model_len=8, max_num_seqs=2)
+    on_kernels, on_twins = (Engine(small, device=device, **options, **dtype) for device, dtype in (
+        (DEVICE, dict(dtype="float32", rung="naive")), ("cpu", {})))
+    assert tokens_of(on_kernels, ids, params) == tokens_of(on_twins, ids, params)
+
+
+@needs_gpu
+@pytest.mark.parametrize("rung", ["naive", "tiled"])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_the_gpu_gives_the_tokens_of_transformers(shape, checkpoints, golden):
-    engine = Engine(checkpoints(shape), device="cuda")
+def test_the_gpu_in_float32_gives_the_tokens_of_transformers(shape, rung, checkpoints, golden):
+    engine = Engine(checkpoints(shape), device="cuda", dtype="float32", rung=rung)
     assert tokens_of(engine, shape_prompts(shape)) == golden["tokens"][shape]
+
+
+@needs_gpu
+@pytest.mark.parametrize("options", [dict(), dict(enforce_eager=True), dict(rung="tiled"),
+                                     dict(rung="naive"), dict(dtype="float16"),
+                                     dict(dtype="float32")], ids=str)
+def test_the_demo_model_answers_the_same_on_every_rung(options, golden):
+    engine = Engine(device="cuda", **options)
+    stops = SamplingParams(temperature=0, max_tokens=100)
+    assert tokens_of(engine, [entry["prompt_token_ids"] for entry in golden["demo"]], stops) == [
+        entry["token_ids"] for entry in golden["demo"]]
+
+
+# the real shapes, with few layers: Llama 3.2 1B, 3.2 3B, 3.1 8B
+REAL = {name: dict(hidden_size=C, intermediate_size=F, num_attention_heads=H, num_key_value_heads=8,
+                   head_dim=D, num_hidden_layers=layers, vocab_size=128256, rms_norm_eps=1e-5,
+                   tie_word_embeddings=tied, rope_theta=500000.0, max_position_embeddings=8192,
+                   rope_scaling=LLAMA3 | {"factor": factor,
+                                          "original_max_position_embeddings": 8192})
+        for name, C, F, H, D, layers, tied, factor in (
+            ("1B", 2048, 8192, 32, 64, 4, True, 32.0), ("3B", 3072, 8192, 24, 128, 2, True, 32.0),
+            ("8B", 4096, 14336, 32, 128, 2, False, 8.0))}
+
+
+def real_checkpoint(directory, name):
+    """As make_checkpoint, drawn on the GPU: half a billion weights take a second there."""
+    import torch
+    from safetensors.torch import save_file as save_torch
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "config.json").write_text(json.dumps(BASE | REAL[name]))
+    torch.manual_seed(0)
+    tensors = {}
+    for key, shape in tinyvllm.weight_shapes(tinyvllm.load_config(directory)).items():
+        scale = 0.02 if "embed" in key else 1.5 / math.sqrt(shape[-1])
+        values = torch.randn(shape, device="cuda") * (0.1 if len(shape) == 1 else scale)
+        tensors[key] = (values + (len(shape) == 1)).bfloat16().cpu()
+    save_torch(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    return directory
+
+
+def teacher_forced(directory, sequence, dtype):
+    """transformers' logits (T, V) of a sequence on the GPU, float32 with float32 arithmetic."""
+    import torch
+    import transformers
+    torch.backends.cuda.matmul.allow_tf32 = False
+    model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=dtype).cuda()
+    with torch.no_grad():
+        return model(torch.tensor([sequence], device="cuda")).logits[0].float().cpu().numpy()
+
+
+@needs_gpu
+@pytest.mark.parametrize("name, depth", [("1B", 1000), ("3B", 60), ("8B", 60)])
+def test_bf16_is_as_close_to_float32_as_transformers_and_chooses_as_it_does(name, depth, tmp_path):
+    torch = pytest.importorskip("torch")
+    pytest.importorskip("transformers")
+    directory = real_checkpoint(tmp_path, name)
+    engine = Engine(directory, device="cuda", max_model_len=2048, max_num_seqs=16)
+    assert (engine.rung, engine.dtype) == ("tensor", "bfloat16")
+    prompt = prompt_ids(200, 128256)
+    answer, = tokens_of(engine, [prompt], SamplingParams(temperature=0, max_tokens=depth,
+                                                         ignore_eos=True))
+    sequence = prompt + answer[:-1]
+    right = teacher_forced(directory, sequence, torch.float32)
+    theirs = teacher_forced(directory, sequence, torch.bfloat16)
+    ours = all_logits(engine, sequence)
+    ours_error, their_error = (np.linalg.norm(x - right) for x in (ours, theirs))
+    print(f"{name}: error of our logits {ours_error / np.linalg.norm(right):.2e}, of transformers' "
+          f"{their_error / np.linalg.norm(right):.2e}, ratio {ours_error / their_error:.3f}")
+    assert ours_error <= 1.2 * their_error
+    noise = np.abs(ours - right).max()
+    second, first = np.sort(right[len(prompt) - 1:], axis=-1)[:, -2:].T
+    clear = first - second > 2 * noise
+    print(f"{name}: {clear.sum()} of {depth} positions are clear")
+    chosen = right[len(prompt) - 1:].argmax(axis=-1)
+    assert np.array_equal(np.array(answer)[clear], chosen[clear])
+
+
+@needs_gpu
+def test_on_the_gpu_the_company_changes_no_bit(tmp_path):
+    """Tokens and log-probabilities, alone, in a batch of 64, chunked, and from the prefix cache."""
+    pytest.importorskip("torch")
+    directory = real_checkpoint(tmp_path, "1B")
+    prompts = [prompt_ids(length, 128256, seed=length) for length in (1, 15, 16, 17, 64, 200, 700)]
+    params = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True, logprobs=0)
+
+    def answers(engine, prompts):
+        outputs = engine.generate([{"prompt_token_ids": ids} for ids in prompts], params,
+                                  use_tqdm=False)
+        return [[(token, entry[token].logprob)
+                 for token, entry in zip(o["token_ids"], o["logprobs"])] for o in outputs]
+    options = dict(device="cuda", max_model_len=1024, max_num_seqs=64)
+    engine = Engine(directory, **options, enable_prefix_caching=False)
+    expected = [answers(engine, [ids])[0] for ids in prompts]
+    crowd = [prompt_ids(7 + n, 128256, seed=1000 + n) for n in range(64 - len(prompts))]
+    assert answers(engine, prompts + crowd)[:len(prompts)] == expected
+    chunked = Engine(directory, **options, max_num_batched_tokens=100)
+    assert answers(chunked, prompts) == expected
+    assert answers(chunked, prompts) == expected   # now from the prefix cache
+    assert chunked.generate([prompts[-1]], params)[0].num_cached_tokens == 688
+    eager = Engine(directory, **options, enforce_eager=True)
+    assert answers(eager, prompts[:3]) == expected[:3]
+
+
+@needs_gpu
+def test_an_unchanged_decode_batch_uploads_nothing_and_replays_one_graph(small, monkeypatch):
+    engine = Engine(small, device="cuda", block_size=16, max_model_len=64)
+    params = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)
+    for i in range(4):
+        engine.add_request(str(i), [5 + i], params)
+    uploads, replays = [], []
+    upload, replay = engine.place.upload, engine.place.driver.cuGraphLaunch
+    monkeypatch.setattr(engine.place, "upload", lambda *a: (uploads.append(a), upload(*a)))
+    monkeypatch.setattr(engine.place.driver, "cuGraphLaunch",
+                        lambda *a: (replays.append(a), replay(*a))[1])
+    counts = []
+    while engine.has_unfinished_requests():
+        before = len(uploads), len(replays)
+        engine.step()
+        counts.append((len(uploads) - before[0], len(replays) - before[1]))
+    # the prefill and the first decode run launch by launch; a block begins at positions 16 and 32
+    assert [n for n, (copies, _) in enumerate(counts) if copies] == [0, 1, 16, 32]
+    assert all(launched == 1 for _, launched in counts[2:40])
+
+
+@needs_gpu
+def test_an_eager_engine_names_the_kernel_that_fails(small, monkeypatch):
+    broken = lambda *arrays, stream: 1 / 0         # noqa: E731
+    table = kernels.operations(**vars(kernels.RUNGS["tensor"]) | {"rope_write_kv": broken})
+    monkeypatch.setitem(kernels.RUNGS, "tensor", table)
+    engine = Engine(small, device="cuda", enforce_eager=True)
+    with pytest.raises(tinyvllm.KernelError, match="kernel rope_write_kv failed on arrays of"):
+        engine.generate([[5, 6]], GREEDY)
+    assert not engine.requests and not any(engine.allocator.ref_counts)
+
+
+@needs_gpu
+def test_too_little_gpu_memory_is_one_sentence(small):
+    refuses(small, "the GPU has", "more are needed", device="cuda", kv_cache_memory_bytes=1 << 50,
+            max_num_seqs=4096, num_gpu_blocks_override=1 << 30)
+    refuses(small, "use --kv-cache-memory-bytes", device="cuda", gpu_memory_utilization=1e-6)
+
+
+@pytest.mark.parametrize("options, parts", [
+    (dict(dtype="int8"), ["dtype is 'int8', expected 'auto', 'bfloat16', 'float16', 'float32'"]),
+    (dict(dtype="bfloat16", device="cpu"), ["dtype 'bfloat16' needs a GPU"]),
+    (dict(rung="fast", device=DEVICE), ["rung is 'fast', expected 'auto', 'naive'"]),
+    (dict(rung="tensor", device=DEVICE), ["head_dim 16 is no multiple of 64", "--kernels tiled"]),
+    (dict(gpu_memory_utilization=1.5), ["gpu_memory_utilization is 1.5, expected a number in"]),
+    (dict(max_num_seqs=5000), ["max_num_seqs is 5000, expected at most 4096"]),
+])
+def test_options_of_the_gpu_that_cannot_work_say_what_does(checkpoints, options, parts):
+    refuses(checkpoints("gqa"), *parts, **options)
+
+
+def test_an_old_driver_is_named_with_the_packages_that_fit(monkeypatch):
+    driver = pytest.importorskip("cuda.bindings.driver")
+    monkeypatch.setattr(driver, "cuInit", lambda flags: (driver.CUresult.CUDA_SUCCESS,))
+    monkeypatch.setattr(driver, "cuDriverGetVersion",
+                        lambda: (driver.CUresult.CUDA_SUCCESS, 12040))
+    problem = tinyvllm.gpu_problem()
+    for part in ("supports CUDA 12.4", "numba-cuda[cu12]", "cuda-python>=12,<13", "--device cpu"):
+        assert part in problem
 
 
 @pytest.mark.parametrize("H, G", [(4, 4), (4, 2), (6, 1)])
@@ -482,7 +844,8 @@ def test_paged_attention_equals_the_textbook_formula(H, G):
                 expected[starts[b] + t, h] = kernels.softmax_ref(scores) @ v[:visible, g]
     # slots behind a context's end in its last block stay NaN: they are masked, not multiplied by
     # zero
-    kernels.paged_attention_ref(out, q, k_cache, v_cache, tables, starts, seq_lens)
+    qkv = np.concatenate([q, np.full((306, 2 * G, D), np.nan, np.float32)], axis=1)
+    kernels.paged_attention_ref(out, qkv, k_cache, v_cache, tables, np.arange(3), starts, seq_lens)
     assert np.abs(out - expected).max() < 1e-5
 
 
@@ -757,9 +1120,9 @@ def test_the_scheduler_serves_every_request_under_any_load(options, tmp_path, mo
     rng, content, running, finished, steps, submitted = np.random.default_rng(1), {}, {}, {}, 0, 0
     # the model of the cache is written when the step runs, before finished sequences give their
     # blocks back
-    forward = engine.forward
-    monkeypatch.setattr(engine, "forward",
-                        lambda batch: (write_content(engine, content), forward(batch))[1])
+    start = engine.start
+    monkeypatch.setattr(engine, "start",
+                        lambda batch: (write_content(engine, content), start(batch))[1])
     families = [rng.integers(2, 97, 44).tolist() for _ in range(3)]
 
     while submitted < 250 or engine.has_unfinished_requests():
@@ -784,7 +1147,7 @@ def test_the_scheduler_serves_every_request_under_any_load(options, tmp_path, mo
         outputs = engine.step()
         steps += 1
         assert sum(engine.num_tokens.values()) > progress, "a step without progress"
-        assert len(engine.batch.tokens) <= (engine.max_num_batched_tokens
+        assert engine.batch.num_tokens <= (engine.max_num_batched_tokens
                                             if engine.batch.kind == "prefill"
                                             else engine.max_num_seqs)
         check_cache(engine, content)
@@ -958,7 +1321,7 @@ def test_a_failing_step_loses_its_own_requests_only(checkpoints, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(engine, "ops",
                       tinyvllm.kernels.SimpleNamespace(
-                          **vars(kernels.TWINS) | {"silu_mul": broken}))
+                          **vars(kernels.TWINS) | {"rmsnorm": broken}))
         with pytest.raises(ZeroDivisionError):
             engine.step()
     assert list(engine.requests) == ["1"] and not engine.allocator.block_of
@@ -1213,21 +1576,25 @@ def test_a_request_id_is_used_once(demo):
     (dict(kv_cache_memory_bytes=100), ["holds 0 tokens", "--kv-cache-memory-bytes 8192"]),
     (dict(max_num_seqs=0), ["max_num_seqs is 0, expected a positive integer"]),
     (dict(block_size=2.5), ["block_size is 2.5"]),
-    (dict(device="tpu"), ["device is 'tpu', expected 'cuda', 'cpu' or 'sim'"]),
+    (dict(device="tpu"), ["device is 'tpu', expected 'auto', 'cuda', 'cpu' or 'sim'"]),
 ])
 def test_engine_options_that_cannot_work_name_one_that_does(checkpoints, options, parts):
     refuses(checkpoints("gqa"), *parts, **options)
 
 
 @pytest.mark.skipif(HAS_GPU, reason="is about machines without one")
-def test_a_machine_without_a_gpu_says_what_to_do(checkpoints):
+def test_a_machine_without_a_gpu_says_what_to_do(checkpoints, monkeypatch):
+    pytest.importorskip("cuda.bindings.driver")
+    monkeypatch.setattr(kernels, "SIMULATOR", False)
+    monkeypatch.setattr(cuda, "is_available", lambda: False)
     refuses(checkpoints("gqa"), "found no GPU with a working driver: use --device cpu",
             device="cuda")
+    assert tinyvllm.pick_device("auto") == "cpu"
 
 
 def test_weights_that_cannot_fit_are_refused_before_they_are_read(checkpoints):
     with pytest.raises(UserError, match="needs .* GiB as float32, this machine has"):
-        tinyvllm.check_memory(1 << 60, checkpoints("gqa"))
+        tinyvllm.check_memory(1 << 60, 1 << 40, checkpoints("gqa"), "float32", "this machine")
 
 
 def test_the_cache_is_sized_by_need_and_capped_by_memory(checkpoints):

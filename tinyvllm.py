@@ -3,13 +3,14 @@
     python tinyvllm.py --prompt "What is PagedAttention?"
 
     1. Config                 config.json, read and checked                            (lesson 3)
-    2. Weights                safetensors -> float32 arrays, fused where one matmul serves two
+    2. Weights                safetensors -> arrays, fused where one matmul serves two (lesson 2)
     3. Tokenizer              text <-> token ids, the chat template, streaming text    (lesson 0)
     4. Sampling parameters    what a caller may ask for, checked                       (lesson 15)
     5. Requests and outputs   what the engine keeps of a request, what the caller gets
     6. BlockAllocator         the KV cache is a pool of blocks                (lessons 11 and 14)
-    7. Engine                 schedule -> pack -> forward -> sample -> retire  (lessons 1 and 13)
-    8. Command line
+    7. Host and Gpu           where arrays live and how a step is run                  (lesson 16)
+    8. Engine                 schedule -> pack -> forward -> sample -> retire  (lessons 1 and 13)
+    9. Command line
 
 The computation itself is in kernels_numba.py, whose dimension key (T, B, S, C, ...) holds here too.
 """
@@ -18,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import importlib.metadata
 import importlib.util
 import json
 import math
@@ -30,13 +32,15 @@ import time
 from collections import OrderedDict, deque
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
+from functools import partial
 from pathlib import Path
-from typing import Iterator
+from types import SimpleNamespace
+from typing import Callable, Iterator
 
 import jinja2
 import jinja2.ext
 import jinja2.sandbox
-import ml_dtypes                              # noqa: F401  teaches NumPy, and safetensors, bfloat16
+import ml_dtypes                              # teaches NumPy, and safetensors, bfloat16
 import numpy as np
 import tokenizers
 from numba import cuda
@@ -258,7 +262,11 @@ def find_checkpoint(model: str | Path, revision: str | None = None,
 # Everything is allocated first, and one table says where each tensor of the checkpoint goes: a view
 # of its final place, whose shape is the expected shape. q, k and v are rows of one matrix, so are
 # gate and up: one matmul reads its input once. The table is checked as a whole, then filled tensor
-# by tensor.
+# by tensor. On the CPU elements are float32; on the GPU float32, float16, or bfloat16 as uint16.
+
+ELEMENTS = {"bfloat16": np.dtype(np.uint16), "float16": np.dtype(np.float16),
+            "float32": np.dtype(np.float32)}
+CHECKPOINT_TYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 
 
 @dataclass
@@ -279,14 +287,14 @@ class Weights:
     lm_head: np.ndarray                            # (V, C), the embedding itself where tied
 
 
-def allocate_weights(cfg: Config) -> tuple[Weights, dict[str, np.ndarray]]:
-    """Uninitialised float32 weights, and the table: checkpoint name -> the view to fill."""
+def new_float32(*shape: int) -> np.ndarray:
+    return np.empty(shape, np.float32)
+
+
+def allocate_weights(cfg: Config, new: Callable = new_float32) -> tuple[Weights, dict]:
+    """Uninitialised weights made by `new`, and the table: checkpoint name -> the view to fill."""
     C, F, V, D = cfg.hidden_size, cfg.intermediate_size, cfg.vocab_size, cfg.head_dim
     q_rows, kv_rows = cfg.num_attention_heads * D, cfg.num_key_value_heads * D
-
-    def new(*shape: int) -> np.ndarray:
-        return np.empty(shape, np.float32)
-
     embed = new(V, C)
     weights = Weights(embed, [], new(C), embed if cfg.tie_word_embeddings else new(V, C))
     table = {"model.embed_tokens.weight": embed, "model.norm.weight": weights.norm}
@@ -296,38 +304,55 @@ def allocate_weights(cfg: Config) -> tuple[Weights, dict[str, np.ndarray]]:
         w = LayerWeights(norm_attn=new(C), wqkv=new(q_rows + 2 * kv_rows, C), wo=new(C, q_rows),
                          norm_mlp=new(C), w_gate_up=new(2 * F, C), w_down=new(C, F))
         weights.layers.append(w)
-        q, k, v = np.split(w.wqkv, [q_rows, q_rows + kv_rows])
-        gate, up = np.split(w.w_gate_up, 2)
         places = {"input_layernorm": w.norm_attn, "post_attention_layernorm": w.norm_mlp,
-                  "self_attn.q_proj": q, "self_attn.k_proj": k, "self_attn.v_proj": v,
-                  "self_attn.o_proj": w.wo,
-                  "mlp.gate_proj": gate, "mlp.up_proj": up, "mlp.down_proj": w.w_down}
+                  "self_attn.q_proj": w.wqkv[:q_rows],
+                  "self_attn.k_proj": w.wqkv[q_rows:q_rows + kv_rows],
+                  "self_attn.v_proj": w.wqkv[q_rows + kv_rows:], "self_attn.o_proj": w.wo,
+                  "mlp.gate_proj": w.w_gate_up[:F], "mlp.up_proj": w.w_gate_up[F:],
+                  "mlp.down_proj": w.w_down}
         table.update({f"model.layers.{l}.{name}.weight": view for name, view in places.items()})
     return weights, table
 
 
-def load_weights(cfg: Config, directory: Path) -> Weights:
-    """Memory-maps the checkpoint and copies each tensor once, as float32, to its place."""
-    files = [open_safetensors(directory / name) for name in checkpoint_files(directory)]
-    home = {tensor: file for file in files for tensor in file.keys()}
-    try:
-        weights, table = allocate_weights(cfg)     # address space only: pages come when written
-    except (MemoryError, ValueError) as error:     # ValueError: larger than any address space
-        raise UserError(f"{directory} does not fit into memory as float32 ({error})") from None
-    check_tensors(cfg, directory, home, table)
-    check_memory(sum(place.nbytes for place in table.values()), directory)
-    for name, place in tqdm(table.items(), desc="loading weights", unit=" tensors", delay=1,
-                            leave=False):
-        copy_to_float32(place, home[name].get_tensor(name))
-    return weights
+def weight_shapes(cfg: Config) -> dict[str, tuple[int, ...]]:
+    """Checkpoint name -> expected shape, without allocating anything."""
+    _, table = allocate_weights(cfg, lambda *shape: np.broadcast_to(np.float32(0), shape))
+    return {name: view.shape for name, view in table.items()}
 
 
-def check_memory(needed: int, directory: Path) -> None:
-    """Refuses weights that this machine cannot hold, before the system ends the process for it."""
-    present = total_memory()
+class Checkpoint:
+    """The safetensors files of a directory, opened, and every tensor checked against the config."""
+
+    def __init__(self, cfg: Config, directory: Path):
+        self.cfg, self.directory = cfg, directory
+        files = [open_safetensors(directory / name) for name in checkpoint_files(directory)]
+        self.home = {tensor: file for file in files for tensor in file.keys()}
+        self.shapes = weight_shapes(cfg)
+        check_tensors(cfg, directory, self.home, self.shapes)
+        embedding = self.home["model.embed_tokens.weight"].get_slice("model.embed_tokens.weight")
+        self.dtype = CHECKPOINT_TYPES[embedding.get_dtype()]
+
+    def num_parameters(self) -> int:
+        return sum(math.prod(shape) for shape in self.shapes.values())
+
+    def load(self, new: Callable, put: Callable) -> Weights:
+        """Copies each tensor once to its place: put(place, tensor)."""
+        try:
+            weights, table = allocate_weights(self.cfg, new)   # pages come when they are written
+        except (MemoryError, ValueError) as error:     # ValueError: larger than any address space
+            raise UserError(f"{self.directory} does not fit into memory ({error})") from None
+        for name, place in tqdm(table.items(), desc="loading weights", unit=" tensors", delay=1,
+                                leave=False):
+            put(place, self.home[name].get_tensor(name))
+        return weights
+
+
+def check_memory(needed: int, present: int, directory: Path, dtype: str, place: str) -> None:
+    """Refuses weights that cannot be held, before the system or the driver ends the process."""
     if needed > present:
-        raise UserError(f"{directory} needs {format_bytes(needed)} as float32, this machine has "
-                        f"{format_bytes(present)} of memory: choose a smaller model")
+        raise UserError(f"{directory} needs {format_bytes(needed)} as {dtype}, {place} has "
+                        f"{format_bytes(present)} of memory: choose a smaller model"
+                        + (", or --device cpu" if place != "this machine" else ""))
 
 
 def total_memory() -> int:
@@ -413,19 +438,19 @@ def describe_truncation(path: Path) -> str | None:
     return None
 
 
-def check_tensors(cfg: Config, directory: Path, home: dict, table: dict[str, np.ndarray]) -> None:
+def check_tensors(cfg: Config, directory: Path, home: dict, shapes: dict[str, tuple]) -> None:
     """Names every tensor that is missing, unexpected, or of a wrong shape or type in one error."""
     # older exports hold the rotation speeds, which are computed here
     harmless = {name for name in home if name.endswith("rotary_emb.inv_freq")}
     if cfg.tie_word_embeddings:
         harmless.add("lm_head.weight")                                     # a copy of the embedding
-    problems = [f"missing {name}" for name in table if name not in home]
-    problems += [f"unexpected {name}" for name in home.keys() - table.keys() - harmless]
-    for name in table.keys() & home.keys():
-        tensor, expected = home[name].get_slice(name), table[name].shape
+    problems = [f"missing {name}" for name in shapes if name not in home]
+    problems += [f"unexpected {name}" for name in home.keys() - shapes.keys() - harmless]
+    for name in shapes.keys() & home.keys():
+        tensor, expected = home[name].get_slice(name), shapes[name]
         if tuple(tensor.get_shape()) != expected:
             problems.append(f"{name} has shape {tuple(tensor.get_shape())}, expected {expected}")
-        if tensor.get_dtype() not in ("BF16", "F16", "F32"):
+        if tensor.get_dtype() not in CHECKPOINT_TYPES:
             problems.append(f"{name} has type {tensor.get_dtype()}, expected BF16, F16 or F32")
     if problems:
         raise UserError(f"{directory} does not fit its config.json: {'; '.join(sorted(problems))}")
@@ -437,6 +462,15 @@ def copy_to_float32(place: np.ndarray, tensor: np.ndarray) -> None:
         np.left_shift(tensor.view(np.uint16), 16, out=place.view(np.uint32), dtype=np.uint32)
     else:
         place[...] = tensor
+
+
+def as_elements(tensor: np.ndarray, dtype: str) -> np.ndarray:
+    """A tensor of the checkpoint in the element type of the GPU, bfloat16 as uint16."""
+    if dtype == "bfloat16":
+        if tensor.dtype != ml_dtypes.bfloat16:     # float16 first becomes exact float32
+            tensor = tensor.astype(np.float32).astype(ml_dtypes.bfloat16)
+        return tensor.view(np.uint16)
+    return tensor.astype(ELEMENTS[dtype], copy=False)
 
 
 # -----------------------------------------------------------------------------
@@ -701,6 +735,10 @@ class SamplingParams:
     def greedy(self) -> bool:
         return self.temperature < GREEDY_BELOW
 
+    @property
+    def penalizes(self) -> bool:
+        return (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) != (1, 0, 0)
+
     def check_number(self, name, kind, low, high=math.inf, *, above=False, optional=False) -> None:
         value = getattr(self, name)
         if value is None and optional:
@@ -792,8 +830,10 @@ class RequestOutput:
 class Sequence:
     """One sample on its way.
 
-    Invariant between steps: the KV of token_ids[:num_computed] is in the blocks of block_table, and
-    while it decodes exactly one token, the newest, is not computed yet.
+    Invariant between steps: the KV of the first num_computed tokens is in the blocks of
+    block_table, and while it decodes exactly one token, the newest, is not computed yet. On the GPU
+    "is" means: by the steps that are under way, and the newest num_pending tokens are known there
+    but not here yet.
     """
     request: Request
     index: int
@@ -801,6 +841,9 @@ class Sequence:
     token_ids: list[int]                           # prompt + output
     detokenizer: Detokenizer | None
     num_computed: int = 0
+    prefill_end: int = 0               # tokens to prefill: a preempted sequence's output is among them
+    num_pending: int = 0                           # tokens sampled and not yet read
+    row: int | None = None                         # its row of the engine's tables, while it runs
     block_table: list[int] = field(default_factory=list)
     block_hashes: list[bytes] = field(default_factory=list)    # of the full blocks of token_ids
     text: str = ""
@@ -822,9 +865,12 @@ class Sequence:
         return len(self.token_ids) - len(self.request.prompt_token_ids)
 
     @property
+    def num_tokens(self) -> int:
+        return len(self.token_ids) + self.num_pending
+
+    @property
     def is_decoding(self) -> bool:
-        """False for a preempted sequence, which prefills its own output again."""
-        return self.num_outputs > 0 and self.num_computed == len(self.token_ids) - 1
+        return self.row is not None and self.num_computed >= self.prefill_end
 
     def output(self) -> CompletionOutput:
         # the last characters may have begun a stop string: they wait until that is decided
@@ -863,16 +909,17 @@ class Request:
 
 @dataclass
 class Batch:
-    """One step: which sequences compute how many of their tokens, and the flat arrays of it."""
+    """One step: which sequences compute how many of their tokens."""
     kind: str                                      # "prefill" or "decode"
     sequences: list[Sequence]
     counts: list[int]
-    tokens: np.ndarray                             # (T,) int32
-    positions: np.ndarray                          # (T,) int32
-    slots: np.ndarray                # (T,) int32, where each token's K and V go: block * P + offset
-    query_starts: np.ndarray                       # (B+1,) int32
-    seq_lens: np.ndarray                           # (B,) int32, context after this step
-    block_tables: np.ndarray                       # (B, blocks of the longest) int32
+    seq_lens: list[int]                            # context of each after this step
+    ready: list[int]           # whose last token is computed, so the next one is sampled: indices
+    new_blocks: list[int | None]                   # that decode appended to each block table
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(self.counts)
 
 
 # -----------------------------------------------------------------------------
@@ -937,15 +984,298 @@ def hash_block(parent: bytes, token_ids: list[int]) -> bytes:
 
 
 # -----------------------------------------------------------------------------
-# 7. Engine                                          (lessons 1, 13, 14 and 15)
+# 7. Host and Gpu                                                    (lesson 16)
+#
+# Where arrays live, and how a step is run. The host's way is the simple one: a call returns when
+# its work is done. The GPU's is one stream that everything goes through in order, so that the host
+# can be a step ahead, and one graph for each shape of a step, so that a hundred kernels cost one
+# call.
+
+REPLAYS_IN_FLIGHT = 2                              # steps that the host has started and not read
+
+
+class Host:
+    """NumPy; or the simulator, whose arrays only pretend to be on a GPU."""
+    pipelined = False
+
+    def __init__(self, operations, simulated: bool):
+        self.ops, self.simulated = operations, simulated
+
+    def empty(self, shape, dtype) -> np.ndarray:
+        return (cuda.device_array if self.simulated else np.empty)(shape, dtype)
+
+    def upload(self, target, values: np.ndarray) -> None:
+        if self.simulated:
+            target.copy_to_device(np.ascontiguousarray(values))
+        else:
+            target[...] = values
+
+    def download(self, source) -> np.ndarray:
+        return source.copy_to_host() if self.simulated else source
+
+    def fetch(self, source) -> Callable[[], np.ndarray]:
+        """A function that returns the values `source` has now."""
+        values = self.download(source)
+        return lambda: values
+
+    def run(self, shape, work: Callable) -> None:
+        work()
+
+    put_weight = upload
+
+
+class Gpu:
+    """One CUDA stream, with the copies and graphs that numba.cuda leaves to the driver.
+
+    Raises KernelError naming the kernel if `eager`, otherwise naming the step.
+    """
+    pipelined = True
+
+    def __init__(self, operations, eager: bool):
+        from cuda.bindings import driver
+        self.driver, self.eager = driver, eager
+        self.stream = cuda.stream()
+        self.handle = driver.CUstream(int(self.stream.handle))
+        self.ops = SimpleNamespace(**{name: partial(self.launch, name, launcher)
+                                      for name, launcher in vars(operations).items()})
+        self.graphs = {}                           # shape of a step -> its executable graph
+        self.progress = None                       # a bar, while kernels are compiled
+        self.num_uploads = 0
+        self.pinned = deque()                      # of fetched tokens, the next to be used first
+
+    def call(self, result):
+        """What a driver function returned, less its error code."""
+        error, *values = result
+        if error != self.driver.CUresult.CUDA_SUCCESS:
+            name = error.name if hasattr(error, "name") else error
+            raise KernelError(f"the GPU reports {name}")
+        return values[0] if len(values) == 1 else values
+
+    def launch(self, name: str, launcher: Callable, *arrays) -> None:
+        if self.progress is not None:
+            self.progress.set_description(f"preparing kernels: {name}", refresh=False)
+            self.progress.update()
+        try:
+            launcher(*arrays, stream=self.stream)
+            if self.eager:
+                self.stream.synchronize()
+        except AssertionError:
+            raise
+        except Exception as error:
+            shapes = [getattr(array, "shape", array) for array in arrays]
+            raise KernelError(f"kernel {name} failed on arrays of shapes {shapes}: "
+                              f"{error}") from error
+
+    def empty(self, shape, dtype):
+        try:
+            return cuda.device_array(shape, dtype)
+        except Exception as error:
+            if "MEMORY" not in str(error).upper():
+                raise
+            free, total = cuda.current_context().get_memory_info()
+            size = format_bytes(int(np.prod(shape)) * np.dtype(dtype).itemsize)
+            raise UserError(f"the GPU has {format_bytes(free)} free of {format_bytes(total)}, and "
+                            f"{size} more are needed: end what else uses it, or use a smaller "
+                            "--gpu-memory-utilization, --max-num-batched-tokens or "
+                            "--max-num-seqs") from None
+
+    def upload(self, target, values: np.ndarray) -> None:
+        """A copy in the stream's order; memory that is not pinned is staged by the driver."""
+        values = np.ascontiguousarray(values)
+        assert values.nbytes == target.nbytes and values.dtype == target.dtype, (
+            values.dtype, values.shape, target.dtype, target.shape)
+        self.num_uploads += 1
+        self.call(self.driver.cuMemcpyHtoDAsync(pointer(target), values.ctypes.data, values.nbytes,
+                                                self.handle))
+
+    def download(self, source) -> np.ndarray:
+        return source.copy_to_host(stream=self.stream)
+
+    def fetch(self, source) -> Callable[[], np.ndarray]:
+        """Starts the copy of some int32; the function returned waits for it."""
+        if len(self.pinned) <= REPLAYS_IN_FLIGHT:
+            event = self.call(self.driver.cuEventCreate(
+                self.driver.CUevent_flags.CU_EVENT_DISABLE_TIMING))
+            self.pinned.appendleft((cuda.pinned_array(MAX_ROWS, np.int32), event))
+        buffer, event = self.pinned[0]
+        self.pinned.rotate(-1)
+        self.call(self.driver.cuMemcpyDtoHAsync(buffer.ctypes.data, pointer(source), source.nbytes,
+                                                self.handle))
+        self.call(self.driver.cuEventRecord(event, self.handle))
+
+        def wait() -> np.ndarray:
+            self.call(self.driver.cuEventSynchronize(event))
+            return buffer[:len(source)].copy()
+        return wait
+
+    def run(self, shape, work: Callable) -> None:
+        """Does the work of a step: the first of its shape launch by launch, which compiles what is
+        missing, and records it for the next."""
+        graph = self.graphs.get(shape)
+        if graph is not None:
+            self.call(self.driver.cuGraphLaunch(graph, self.handle))
+            return
+        with tqdm(desc="preparing kernels", unit=" launches", delay=1, leave=False) as bar:
+            self.progress = bar
+            try:
+                work()
+            finally:
+                self.progress = None
+        if not self.eager:
+            self.graphs[shape] = self.record(work)
+
+    def record(self, work: Callable):
+        """Captures what `work` launches, without running it, as an executable graph."""
+        driver = self.driver
+        self.call(driver.cuStreamBeginCapture(
+            self.handle, driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_RELAXED))
+        try:
+            work()
+        finally:
+            graph = self.call(driver.cuStreamEndCapture(self.handle))
+        if cuda.get_current_device().compute_capability >= (9, 0):
+            self.overlap_kernels(graph)
+        executable = self.call(driver.cuGraphInstantiate(graph, 0))
+        self.call(driver.cuGraphDestroy(graph))
+        return executable
+
+    def overlap_kernels(self, graph) -> None:
+        """Turns each edge into programmatic dependent launch: a kernel starts when the one before
+        calls start_next_kernel, and waits for its end in wait_for_inputs."""
+        driver = self.driver
+        # CUDA 12's bindings call the functions that know of edge data _v2
+        edges, add, remove = (getattr(driver, name + "_v2", getattr(driver, name)) for name in (
+            "cuGraphGetEdges", "cuGraphAddDependencies", "cuGraphRemoveDependencies"))
+        *_, count = self.call(edges(graph))
+        before, after, plain, _ = self.call(edges(graph, count))
+        self.call(remove(graph, before, after, plain, count))
+        programmatic = []
+        for _ in range(count):
+            edge = driver.CUgraphEdgeData()
+            edge.type = driver.CUgraphDependencyType.CU_GRAPH_DEPENDENCY_TYPE_PROGRAMMATIC
+            edge.from_port = 1                     # CU_GRAPH_KERNEL_NODE_PORT_PROGRAMMATIC
+            programmatic.append(edge)
+        self.call(add(graph, before, after, programmatic, count))
+
+
+class PinnedStaging:
+    """Uploads weights through two pinned buffers: one is filled while the other is copied."""
+
+    def __init__(self, gpu: Gpu, dtype: str, size: int = 32 << 20):
+        self.gpu, self.dtype = gpu, dtype
+        self.buffers = deque((cuda.pinned_array(size, np.uint8), cuda.event()) for _ in range(2))
+
+    def put(self, place, tensor: np.ndarray) -> None:
+        source = np.ascontiguousarray(as_elements(tensor, self.dtype)).reshape(-1).view(np.uint8)
+        for start in range(0, len(source), len(self.buffers[0][0])):
+            buffer, copied = self.buffers[0]
+            self.buffers.rotate()
+            part = source[start:start + len(buffer)]
+            copied.synchronize()
+            buffer[:len(part)] = part
+            self.gpu.call(self.gpu.driver.cuMemcpyHtoDAsync(
+                pointer(place) + start, buffer.ctypes.data, len(part), self.gpu.handle))
+            copied.record(self.gpu.stream)
+
+
+class KernelError(RuntimeError):
+    """The GPU could not do what it was asked."""
+
+
+def pointer(array) -> int:
+    """The device address of an array."""
+    return array.__cuda_array_interface__["data"][0]
+
+
+def gpu_problem() -> str | None:
+    """Why no GPU can be used here, with what to do; None if one can."""
+    use_cpu = "use --device cpu, or "
+    try:
+        from cuda.bindings import driver
+    except ImportError:
+        return f"cuda-python is not installed: {use_cpu}pip install -r requirements.txt"
+    try:
+        error, = driver.cuInit(0)
+        _, version = driver.cuDriverGetVersion()
+    except RuntimeError:                           # there is no libcuda
+        error, version = None, 0
+    built_for = int(importlib.metadata.version("cuda-bindings").split(".")[0])
+    if 0 < version < built_for * 1000:
+        return (f"the NVIDIA driver supports CUDA {version // 1000}.{version % 1000 // 10}, the "
+                f"installed packages need CUDA {built_for} (driver 580 or newer): {use_cpu}update "
+                "the driver, or pip install 'numba-cuda[cu12]' 'cuda-python>=12,<13'")
+    if error != driver.CUresult.CUDA_SUCCESS or not cuda.is_available():
+        return ("found no GPU with a working driver: use --device cpu, or install an NVIDIA driver "
+                "of version 580 or newer (for an older one, numba-cuda[cu12] and cuda-python 12)")
+    return None
+
+
+def pick_device(device: str) -> str:
+    """The same device if it can be used here, for "auto" the best; UserError says what can."""
+    if device not in ("auto", "cuda", "cpu", "sim"):
+        raise UserError(f"device is {device!r}, expected 'auto', 'cuda', 'cpu' or 'sim'")
+    if device == "sim" and not kernels.SIMULATOR:
+        raise UserError("device 'sim' needs the simulator before Numba is imported: set the "
+                        "environment variable NUMBA_ENABLE_CUDASIM=1")
+    if device in ("cpu", "sim") or device == "auto" and kernels.SIMULATOR:
+        return "sim" if device == "sim" else "cpu"
+    problem = "the simulator stands in its place" if kernels.SIMULATOR else gpu_problem()
+    if problem and device == "cuda":
+        raise UserError(f"device 'cuda' cannot be used: {problem}")
+    return "cpu" if problem else "cuda"
+
+
+def pick_dtype(dtype: str, device: str, stored: str) -> str:
+    """The element type: that of the checkpoint, but float32 on the CPU and bfloat16 for it on the
+    GPU, where float32 has no tensor cores."""
+    if dtype not in ("auto", *ELEMENTS):
+        raise UserError(f"dtype is {dtype!r}, expected 'auto', {', '.join(map(repr, ELEMENTS))}")
+    if device == "cpu":
+        if dtype not in ("auto", "float32"):
+            raise UserError(f"dtype {dtype!r} needs a GPU: on the CPU leave --dtype away, "
+                            "everything is float32 there")
+        return "float32"
+    if dtype == "auto":
+        return "bfloat16" if stored == "float32" else stored
+    return dtype
+
+
+def pick_rung(rung: str, cfg: Config, dtype: str, device: str) -> str:
+    """The rung of the kernels' ladders, for "auto" the highest that GPU, shapes and dtype allow."""
+    if rung not in ("auto", *kernels.RUNGS):
+        raise UserError(f"rung is {rung!r}, expected 'auto', "
+                        f"{', '.join(map(repr, kernels.RUNGS))}")
+    capability = (9, 0) if device == "sim" else cuda.get_current_device().compute_capability
+    obstacle = kernels.fits_tensor_cores(cfg.num_attention_heads, cfg.num_key_value_heads,
+                                         cfg.head_dim, cfg.hidden_size, cfg.intermediate_size)
+    if dtype == "float32":
+        obstacle = "float32 has none"
+    elif capability < (8, 0):
+        obstacle = "compute capability {}.{} is below 8.0".format(*capability)
+    if rung == "tensor" and obstacle:
+        raise UserError(f"the tensor-core kernels cannot run here ({obstacle}): use --kernels "
+                        "tiled")
+    if rung == "auto":
+        rung = "tiled" if obstacle else "tensor"
+    if rung == "tiled" and cfg.head_dim > 256:     # more than a warp holds of a query
+        return "naive"
+    return rung
+
+
+# -----------------------------------------------------------------------------
+# 8. Engine                                          (lessons 1, 13, 14 and 15)
 #
 # A step is either prefill or decode, never both. Prefill packs the prompts of several requests, cut
 # into chunks of max_num_batched_tokens; decode takes one token of each running request. When both
 # have work they alternate, so a long prompt delays the others by one chunk at most, and a token is
 # always computed by the same operation, whatever company it has. (On the CPU that is exact but for
 # the last bits: BLAS adds in another order for many tokens than for a few.)
+#
+# On the GPU the host is one step behind: it starts a step, and then reads what the one before it
+# has sampled. So a request that has ended may be in one more step, whose token is dropped.
 
-DEFAULT_CACHE_BYTES = 4 << 30            # or half of what is free, if that is less
+DEFAULT_CACHE_BYTES = 4 << 30            # on the CPU, or half of what is free, if that is less
+MAX_ROWS = 4096                          # of max_num_seqs: what one sampling launch is meant for
 
 
 class Engine:
@@ -953,28 +1283,35 @@ class Engine:
 
     model                    checkpoint directory or hub id
     tokenizer                directory to take the tokenizer from, if not the model's
-    device                   "cpu" (the NumPy twins), "cuda" (the GPU), or "sim" (the GPU's kernels
-                             in Numba's simulator, on any machine, very slowly)
+    device                   "cuda" (the GPU), "cpu" (the NumPy twins), "sim" (the GPU's kernels in
+                             Numba's simulator, on any machine, very slowly), "auto": the GPU
+                             where there is one, otherwise the CPU
+    dtype                    "bfloat16", "float16", "float32"; "auto": see pick_dtype
+    rung                     of the kernels' ladders: "naive", "tiled", "tensor"; "auto": the best
+    enforce_eager            no graphs, and a wait after each kernel: errors name it
     seed                     of requests that bring none
     max_model_len            longest context, prompt and answer together; None: what the model and
                              the cache allow
     max_num_seqs             requests in one batch
     max_num_batched_tokens   tokens in one prefill step; longer prompts are chunked
     block_size               tokens per KV block
-    enable_prefix_caching    reuse blocks of contexts that begin alike
+    enable_prefix_caching    reuse blocks of prompts that begin alike
     static_batching          nobody joins until the whole batch has ended: what continuous batching
                              improves on
+    gpu_memory_utilization   share of the GPU's memory that weights, buffers and KV cache may take
     kv_cache_memory_bytes, num_gpu_blocks_override     size of the KV cache
     revision, hf_token       for hub ids
 
-    Raises UserError for bad input. One Engine belongs to one thread.
+    Raises UserError for bad input, KernelError if the GPU fails. One Engine belongs to one thread.
     """
 
     def __init__(self, model: str | Path = DEMO, *, tokenizer: str | Path | None = None,
-                 device: str = "cpu", seed: int | None = None,
+                 device: str = "auto", dtype: str = "auto", rung: str = "auto",
+                 enforce_eager: bool = False, seed: int | None = None,
                  max_model_len: int | None = None, max_num_seqs: int = 128,
                  max_num_batched_tokens: int = 2048, block_size: int = 16,
                  enable_prefix_caching: bool = True, static_batching: bool = False,
+                 gpu_memory_utilization: float = 0.9,
                  kv_cache_memory_bytes: int | None = None,
                  num_gpu_blocks_override: int | None = None,
                  revision: str | None = None, hf_token: str | None = None):
@@ -982,11 +1319,12 @@ class Engine:
                        max_num_batched_tokens=max_num_batched_tokens, block_size=block_size,
                        kv_cache_memory_bytes=kv_cache_memory_bytes,
                        num_gpu_blocks_override=num_gpu_blocks_override)
+        if max_num_seqs > MAX_ROWS:
+            raise UserError(f"max_num_seqs is {max_num_seqs}, expected at most {MAX_ROWS}")
+        if not is_number(gpu_memory_utilization) or not 0 < gpu_memory_utilization <= 1:
+            raise UserError(f"gpu_memory_utilization is {gpu_memory_utilization!r}, expected a "
+                            "number in (0, 1]")
         self.device = pick_device(device)
-        on_gpu = self.device != "cpu"              # the simulator counts: it runs the same kernels
-        self.ops = kernels.LAUNCHERS if on_gpu else kernels.TWINS
-        self.empty = cuda.device_array if on_gpu else np.empty
-        self.upload = cuda.to_device if on_gpu else np.asarray
         directory = find_checkpoint(model, revision, hf_token)
         self.model_name = directory.name if directory != DEMO else "demo model"
         self.cfg = load_config(directory)
@@ -1004,11 +1342,17 @@ class Engine:
         self.block_size = block_size
         self.max_num_seqs, self.max_num_batched_tokens = max_num_seqs, max_num_batched_tokens
         self.enable_prefix_caching, self.static_batching = enable_prefix_caching, static_batching
-        num_blocks = self.size_cache(max_model_len, kv_cache_memory_bytes, num_gpu_blocks_override)
+        checkpoint = Checkpoint(self.cfg, directory)
+        self.dtype = pick_dtype(dtype, self.device, checkpoint.dtype)
+        self.elements = ELEMENTS[self.dtype]
+        self.place = self.pick_place(rung, enforce_eager)
+        self.ops = self.place.ops
+        self.weight_bytes = checkpoint.num_parameters() * self.elements.itemsize
+        budget = self.cache_budget(gpu_memory_utilization, directory)
+        num_blocks = self.size_cache(max_model_len, kv_cache_memory_bytes or budget,
+                                     num_gpu_blocks_override)
         self.allocator = BlockAllocator(num_blocks)
-        self.weights = load_weights(self.cfg, directory)
-        if on_gpu:
-            self.weights = weights_on_gpu(self.weights)
+        self.weights = self.load_weights(checkpoint)
         try:
             self.allocate_buffers(num_blocks)
         except (MemoryError, ValueError) as error:
@@ -1022,14 +1366,42 @@ class Engine:
         self.requests: dict[str, Request] = {}     # unfinished ones
         self.waiting: deque[Sequence] = deque()  # first come, first served; preempted ones in front
         self.running: list[Sequence] = []     # oldest first; each owns the blocks of all its tokens
+        self.free_rows = list(range(max_num_seqs - 1, -1, -1))         # the last is taken next
         self.prefilled_last = False
-        self.batch: Batch | None = None            # the last step's
+        self.batch: Batch | None = None            # the last step that was started
+        self.in_flight: tuple | None = None        # it, if its tokens have not been read yet
         self.num_preemptions = 0
         self.num_tokens = {"prefill": 0, "decode": 0}
 
     # ---- memory ----
 
-    def size_cache(self, max_model_len: int | None, cache_bytes: int | None,
+    def pick_place(self, rung: str, eager: bool) -> Host | Gpu:
+        if self.device == "cpu":
+            self.rung = "twins"
+            return Host(kernels.TWINS, simulated=False)
+        self.rung = pick_rung(rung, self.cfg, self.dtype, self.device)
+        if self.device == "sim":
+            return Host(kernels.RUNGS[self.rung], simulated=True)
+        return Gpu(kernels.RUNGS[self.rung], eager)
+
+    def cache_budget(self, utilization: float, directory: Path) -> int:
+        """Bytes that the KV cache may take; refuses weights that do not fit."""
+        if self.device != "cuda":
+            check_memory(self.weight_bytes, total_memory(), directory, self.dtype, "this machine")
+            return min(DEFAULT_CACHE_BYTES, available_memory() // 2)
+        free, total = cuda.current_context().get_memory_info()
+        check_memory(self.weight_bytes, free, directory, self.dtype, "the GPU")
+        return max(0, int(free - (1 - utilization) * total) - self.weight_bytes
+                   - self.buffer_bytes())
+
+    def buffer_bytes(self) -> int:
+        """Of everything in allocate_buffers that does not grow with the KV cache, and a margin."""
+        cfg, T, B = self.cfg, self.max_num_batched_tokens, self.max_num_seqs
+        channels = 3 * cfg.hidden_size + 3 * cfg.intermediate_size + cfg.head_dim * (
+            2 * cfg.num_attention_heads + 2 * cfg.num_key_value_heads)
+        return T * channels * self.elements.itemsize + 16 * B * cfg.vocab_size + (256 << 20)
+
+    def size_cache(self, max_model_len: int | None, cache_bytes: int,
                    num_blocks: int | None) -> int:
         """Number of KV blocks: as many as max_num_seqs full contexts need and memory allows."""
         cfg, P = self.cfg, self.block_size
@@ -1038,12 +1410,11 @@ class Engine:
             raise UserError(f"max_model_len is {longest}, the model was made for "
                             f"{cfg.max_position_embeddings}: use --max-model-len "
                             f"{cfg.max_position_embeddings} or less")
-        floats_per_token = 2 * cfg.num_hidden_layers * cfg.num_key_value_heads * cfg.head_dim
-        self.bytes_per_block = P * floats_per_token * np.dtype(np.float32).itemsize
+        values_per_token = 2 * cfg.num_hidden_layers * cfg.num_key_value_heads * cfg.head_dim
+        self.bytes_per_block = P * values_per_token * self.elements.itemsize
         if num_blocks is None:
             wanted = self.max_num_seqs * ceil_div(longest, P)
-            budget = cache_bytes or min(DEFAULT_CACHE_BYTES, available_memory() // 2)
-            num_blocks = min(wanted, budget // self.bytes_per_block)
+            num_blocks = min(wanted, cache_bytes // self.bytes_per_block)
         capacity = num_blocks * P
         if capacity < (max_model_len or 1):
             needed = ceil_div(longest if max_model_len else 1, P) * self.bytes_per_block
@@ -1054,24 +1425,83 @@ class Engine:
         self.max_model_len = min(longest, capacity)
         return num_blocks
 
+    def load_weights(self, checkpoint: Checkpoint) -> Weights:
+        """On the CPU as float32; on the GPU in self.dtype, each byte copied there once."""
+        if self.device == "cpu":
+            return checkpoint.load(new_float32, copy_to_float32)
+
+        def new(*shape: int):
+            return self.place.empty(shape, self.elements)
+        if self.device == "sim":
+            return checkpoint.load(new, lambda place, tensor: self.place.upload(
+                place, as_elements(tensor, self.dtype)))
+        staging = PinnedStaging(self.place, self.dtype)
+        weights = checkpoint.load(new, staging.put)
+        self.place.stream.synchronize()            # before the pinned buffers are given back
+        return weights
+
     def allocate_buffers(self, num_blocks: int) -> None:
-        """Everything a step writes: the KV cache, and one buffer for each array of `forward`."""
-        cfg, T, B = self.cfg, max(self.max_num_batched_tokens, self.max_num_seqs), self.max_num_seqs
+        """Everything a step reads and writes, at fixed places: graphs remember addresses."""
+        cfg, P, new, elements = self.cfg, self.block_size, self.place.empty, self.elements
+        B = self.padded_requests(self.max_num_seqs)
+        T = max(self.padded_tokens(self.max_num_batched_tokens), B)
         H, G, D = cfg.num_attention_heads, cfg.num_key_value_heads, cfg.head_dim
-        cache_shape = (cfg.num_hidden_layers, num_blocks, self.block_size, G, D)
-        self.k_cache = self.empty(cache_shape, np.float32)
-        self.v_cache = self.empty(cache_shape, np.float32)
-        self.x = self.empty((T, cfg.hidden_size), np.float32)             # residual stream
-        self.h = self.empty((T, cfg.hidden_size), np.float32)             # normed input of a matmul
-        self.delta = self.empty((T, cfg.hidden_size), np.float32)         # what a matmul adds to x
-        self.qkv = self.empty((T, (H + 2 * G) * D), np.float32)
-        self.o = self.empty((T, H * D), np.float32)
-        self.gate_up = self.empty((T, 2 * cfg.intermediate_size), np.float32)
-        self.act = self.empty((T, cfg.intermediate_size), np.float32)
-        self.last = self.empty((B, cfg.hidden_size), np.float32)         # rows of x for the lm_head
-        self.logits = self.empty((B, cfg.vocab_size), np.float32)
+        # one block more than there are: padding of a step writes there, nobody reads it
+        cache = new((2, cfg.num_hidden_layers, num_blocks + 1, P, G, D), elements)
+        self.k_cache, self.v_cache = ([half[l] for l in range(cfg.num_hidden_layers)]
+                                      for half in (cache[0], cache[1]))
+        self.x = new((T, cfg.hidden_size), elements)                      # residual stream
+        self.h = new((T, cfg.hidden_size), elements)                      # normed input of a matmul
+        self.delta = new((T, cfg.hidden_size), elements)                  # what a matmul adds to x
+        self.qkv = new((T, H + 2 * G, D), elements)              # heads of q, then of k, then of v
+        self.o = new((T, H, D), elements)
+        self.gate_up = new((T, 2 * cfg.intermediate_size), elements)
+        self.act = new((T, cfg.intermediate_size), elements)
+        self.last = new((B, cfg.hidden_size), elements)          # rows of x for the lm_head
+        self.logits = new((B, cfg.vocab_size), np.float32)
         inv_freq = kernels.rope_inv_freq(D, cfg.rope_theta, cfg.rope_scaling)
-        self.cos, self.sin = map(self.upload, kernels.rope_tables(inv_freq, self.max_model_len))
+        self.cos, self.sin = map(self.on_device,
+                                 kernels.rope_tables(inv_freq, self.max_model_len))
+        # what decode attention needs when it splits contexts: see begin_decode
+        num_splits = B + min(B * ceil_div(self.max_model_len, kernels.SPLIT),
+                             ceil_div(num_blocks * P, kernels.SPLIT))
+        self.splits = new(B + 1 + num_splits, np.int32)
+        self.partial = new((num_splits, H, D + 2) if self.rung == "tensor" else (1, 1, 1),
+                           np.float32)
+        # the flat arrays of a step, one behind another; its shape says where each begins
+        self.step_buffer = new(3 * T + 4 * B + 1, np.int32)
+        self.decode_inputs = new(2 * B, np.int32)
+        self.starts = self.on_device(np.arange(B + 1, dtype=np.int32))    # one query each
+        # a row for each request that runs, kept where the steps find it; the last is nobody's
+        rows, V = self.max_num_seqs + 1, cfg.vocab_size
+        self.block_tables = self.on_device(np.full((rows, ceil_div(self.max_model_len, P)),
+                                                   num_blocks, np.int32))
+        self.state = self.on_device(np.zeros((rows, 2), np.int32))
+        self.settings = self.on_device(np.zeros((rows, kernels.NUM_SETTINGS), np.float32))
+        self.seeds = self.on_device(np.zeros((rows, 2), np.uint32))
+        self.bias, self.seen = new((rows, V), np.float32), new((rows, V), np.int32)
+        self.scores = new((B, V), np.float32)
+        self.chunk_max = new((B, kernels.MAX_CHUNKS), np.float32)
+        self.chunk_argmax = new((B, kernels.MAX_CHUNKS), np.int32)
+        self.sampled = new(B, np.int32)
+        self.views: dict[tuple, SimpleNamespace] = {}          # shape of a step -> its arrays
+        self.rows_on_device: list[int] = []                    # of the last decode step
+
+    def on_device(self, values: np.ndarray):
+        array = self.place.empty(values.shape, values.dtype)
+        self.place.upload(array, values)
+        return array
+
+    def padded_tokens(self, T: int) -> int:
+        """The next shape that has, or gets, a graph: a step is padded to it."""
+        if not self.place.pipelined:
+            return T
+        return ceil_div(T, 128) * 128 if T > 128 else max(16, 1 << (T - 1).bit_length())
+
+    def padded_requests(self, B: int) -> int:
+        if not self.place.pipelined or B == 0:
+            return B
+        return ceil_div(B, 8) * 8 if B > 8 else 1 << (B - 1).bit_length()
 
     def describe(self) -> str:
         """One line: what runs where, and where the memory went."""
@@ -1080,7 +1510,12 @@ class Engine:
         if w.lm_head is not w.embed:
             arrays.append(w.lm_head)
         capacity = len(self.allocator.ref_counts)
-        return (f"{self.model_name} on {self.device}: {sum(a.size for a in arrays) / 1e6:,.1f} M "
+        where = self.device
+        if self.device != "cpu":
+            name = "" if self.device == "sim" else cuda.get_current_device().name
+            name = name.decode() if isinstance(name, bytes) else name
+            where += f" ({', '.join(filter(None, (name, self.dtype, self.rung + ' kernels')))})"
+        return (f"{self.model_name} on {where}: {sum(a.size for a in arrays) / 1e6:,.1f} M "
                 f"parameters, {format_bytes(sum(a.nbytes for a in arrays))}; KV cache "
                 f"{format_bytes(capacity * self.bytes_per_block)} at most, {capacity:,} blocks of "
                 f"{self.block_size} tokens; context up to {self.max_model_len:,} tokens")
@@ -1181,19 +1616,35 @@ class Engine:
     # ---- schedule: who computes what in this step ----
 
     def schedule(self) -> Batch | None:
-        """The next step, None when there is no work."""
-        decoding = [seq for seq in self.running if seq.is_decoding]
+        """The next step, None when there is nothing to start."""
+        decoding = [seq for seq in self.running if seq.is_decoding and not self.is_complete(seq)]
         if self.static_batching:
-            started = any(seq.num_outputs > 1 for seq in decoding)
+            started = any(seq.num_tokens - len(seq.request.prompt_token_ids) > 1
+                          for seq in self.running)
             prefill_turn = not started
         else:
             prefill_turn = not (decoding and self.prefilled_last)
         chunks = self.schedule_prefill() if prefill_turn else []
         self.prefilled_last = bool(chunks)
         if chunks:
-            return self.pack("prefill", chunks)
-        scheduled = self.schedule_decode(decoding)
-        return self.pack("decode", [(seq, 1) for seq in scheduled]) if scheduled else None
+            return self.make_batch("prefill", chunks, [])
+        scheduled, new_blocks = self.schedule_decode(decoding)
+        if not scheduled:
+            return None
+        return self.make_batch("decode", [(seq, 1) for seq in scheduled], new_blocks)
+
+    def is_complete(self, seq: Sequence) -> bool:
+        """Whether its last token is sampled already, though perhaps not read: it ends by length."""
+        num_outputs = seq.num_tokens - len(seq.request.prompt_token_ids)
+        return num_outputs == seq.params.max_tokens or seq.num_tokens == self.max_model_len
+
+    def make_batch(self, kind: str, chunks: list[tuple[Sequence, int]],
+                   new_blocks: list[int | None]) -> Batch:
+        sequences, counts = map(list, zip(*chunks))
+        seq_lens = [seq.num_computed + count for seq, count in chunks]
+        # a chunk that is not its sequence's last has nothing to sample
+        ready = [b for b, seq in enumerate(sequences) if seq_lens[b] == seq.num_tokens]
+        return Batch(kind, sequences, counts, seq_lens, ready, new_blocks)
 
     def schedule_prefill(self) -> list[tuple[Sequence, int]]:
         """Chunks for this step: whoever has begun goes on, then the queue in its order."""
@@ -1201,7 +1652,7 @@ class Engine:
         candidates = deque(seq for seq in self.running if not seq.is_decoding)
         while budget and (candidates or self.admit(candidates)):
             seq = candidates.popleft()
-            count = min(budget, len(seq.token_ids) - seq.num_computed)
+            count = min(budget, seq.prefill_end - seq.num_computed)
             self.register_full_blocks(seq, seq.num_computed + count)
             chunks.append((seq, count))
             budget -= count
@@ -1220,12 +1671,49 @@ class Engine:
             return False
         seq.block_table = [self.allocator.share(block) for block in hits]
         seq.block_table += [self.allocator.allocate() for _ in range(num_new)]
-        seq.num_computed = len(hits) * self.block_size
+        seq.num_computed, seq.prefill_end = len(hits) * self.block_size, len(seq.token_ids)
         if seq.request.num_cached_tokens is None:
             seq.request.num_cached_tokens = seq.num_computed
+        seq.row = self.free_rows.pop()
+        self.fill_row(seq)
         self.running.append(self.waiting.popleft())
         candidates.append(seq)
         return True
+
+    def fill_row(self, seq: Sequence) -> None:
+        """What the steps need to know of a sequence: its blocks, and how to sample from its logits.
+
+        Invariant: a row is refilled only after all steps of its last owner have been started, and
+        the stream keeps their order."""
+        params, row, V = seq.params, seq.row, self.cfg.vocab_size
+        self.place.upload(self.block_tables[row, :len(seq.block_table)],
+                          np.array(seq.block_table, np.int32))
+        edits = bool(params.logit_bias) or params.min_tokens > 0 or params.penalizes
+        settings = np.zeros(kernels.NUM_SETTINGS, np.float32)
+        settings[kernels.TEMPERATURE] = 0 if params.greedy else params.temperature
+        settings[kernels.TOP_K] = max(params.top_k, 0)
+        settings[kernels.TOP_P], settings[kernels.MIN_P] = params.top_p, params.min_p
+        settings[kernels.REPETITION] = params.repetition_penalty
+        settings[kernels.PRESENCE] = params.presence_penalty
+        settings[kernels.FREQUENCY] = params.frequency_penalty
+        settings[kernels.EDITED] = edits
+        self.place.upload(self.settings[row], settings)
+        self.place.upload(self.seeds[row], np.array([seq.seed & 0xFFFFFFFF, seq.seed >> 32],
+                                                    np.uint32))
+        if edits:
+            seen = np.bincount(seq.output_ids, minlength=V).astype(np.int32)
+            seen[np.unique(seq.request.prompt_token_ids)] += kernels.IN_PROMPT
+            self.place.upload(self.seen[row], seen)
+            self.fill_bias(seq)
+
+    def fill_bias(self, seq: Sequence) -> None:
+        """The row added to its logits: logit_bias, and no way to stop before min_tokens."""
+        bias = np.zeros(self.cfg.vocab_size, np.float32)
+        for token, value in seq.params.logit_bias.items():
+            bias[token] = value
+        if seq.num_tokens - len(seq.request.prompt_token_ids) < seq.params.min_tokens:
+            bias[list(self.eos_token_ids | set(seq.params.stop_token_ids))] = -np.inf
+        self.place.upload(self.bias[seq.row], bias)
 
     def cached_prefix(self, seq: Sequence) -> list[int]:
         """Blocks that hold seq's beginning already; not its last token: it wants logits."""
@@ -1247,28 +1735,33 @@ class Engine:
         return seq.block_hashes[:num_blocks]
 
     def register_full_blocks(self, seq: Sequence, num_tokens: int) -> None:
-        """Names the blocks that this step fills, before it runs: a layer writes all its K and V
-        before any attention reads them, so even a sequence in the same step may share them."""
+        """Names the blocks that this prefill fills, before it runs: a layer writes all its K and V
+        before any attention reads them, so even a sequence in the same step may share them.
+
+        Blocks that decode fills get no name: its kernels add in another order than prefill's, and a
+        prompt must find the bits that it would have computed itself."""
         first, last = seq.num_computed // self.block_size, num_tokens // self.block_size
         if self.enable_prefix_caching and last > first:
             hashes = self.full_block_hashes(seq, last)
             for i in range(first, last):
                 self.allocator.register(seq.block_table[i], hashes[i])
 
-    def schedule_decode(self, decoding: list[Sequence]) -> list[Sequence]:
-        """Who decodes, with a block for the newest token; the youngest give way for want of one."""
-        scheduled = []
+    def schedule_decode(self, decoding: list[Sequence]) -> tuple[list[Sequence], list[int | None]]:
+        """Who decodes, and the block that each got for its newest token, if it needed one; the
+        youngest give way where there is none."""
+        scheduled, new_blocks = [], []
         for seq in decoding:                  # oldest first: whoever gives way is not scheduled yet
-            needed = ceil_div(len(seq.token_ids), self.block_size)
+            needed, new_block = ceil_div(seq.num_tokens, self.block_size), None
             while seq in self.running and len(seq.block_table) < needed:
                 if self.allocator.free:
-                    seq.block_table.append(self.allocator.allocate())
+                    new_block = self.allocator.allocate()
+                    seq.block_table.append(new_block)
                 else:
                     self.preempt(self.running[-1])
             if seq in self.running:
-                self.register_full_blocks(seq, len(seq.token_ids))
                 scheduled.append(seq)
-        return scheduled
+                new_blocks.append(new_block)
+        return scheduled, new_blocks
 
     def preempt(self, seq: Sequence) -> None:
         """Takes all its blocks; it computes its tokens again, less what the prefix cache kept."""
@@ -1278,128 +1771,196 @@ class Engine:
         self.waiting.appendleft(seq)
 
     def release_blocks(self, seq: Sequence) -> None:
+        """Blocks and row go back. A step under way may still write to them: whoever gets them next
+        comes later in the stream."""
         # the end of a context goes first when blocks are evicted
         for block in reversed(seq.block_table):
             self.allocator.release(block)
-        seq.block_table, seq.num_computed = [], 0
+        if seq.row is not None:
+            self.free_rows.append(seq.row)
+        seq.block_table, seq.num_computed, seq.row = [], 0, None
 
-    # ---- pack and forward: the computation of a step ----
+    # ---- pack, forward, sample: the computation of a step ----
 
-    def pack(self, kind: str, chunks: list[tuple[Sequence, int]]) -> Batch:
-        """Flattens the step: tokens of all its sequences behind one another, no padding."""
-        P = self.block_size
-        sequences, counts = map(list, zip(*chunks))
-        ends = [seq.num_computed + count for seq, count in chunks]
-        tokens, positions, slots = [], [], []
-        block_tables = np.zeros((len(chunks), max(ceil_div(end, P) for end in ends)), np.int32)
-        for b, (seq, end) in enumerate(zip(sequences, ends)):
-            where = np.arange(seq.num_computed, end, dtype=np.int32)
-            blocks = block_tables[b, :ceil_div(end, P)]
-            blocks[:] = seq.block_table[:len(blocks)]
-            tokens.extend(seq.token_ids[seq.num_computed:end])
-            positions.append(where)
-            slots.append(blocks[where // P] * P + where % P)
-        return Batch(kind, sequences, counts, np.array(tokens, np.int32), np.concatenate(positions),
-                     np.concatenate(slots), np.cumsum([0] + counts, dtype=np.int32),
-                     np.array(ends, np.int32), block_tables)
+    def arrays(self, kind: str, T: int, B: int) -> SimpleNamespace:
+        """The flat arrays of a step of T tokens and B requests: views of the fixed buffers."""
+        key = (kind, T, B)
+        if key not in self.views:
+            buffer = self.step_buffer
+            tokens, positions, slots = (buffer[i * T:(i + 1) * T] for i in range(3))
+            rest = [buffer[3 * T + i * B:3 * T + (i + 1) * B] for i in range(3)]
+            seq_lens, rows, sample_rows = rest
+            query_starts, inputs = buffer[3 * T + 3 * B:3 * T + 4 * B + 1], None
+            if kind == "decode":
+                inputs = self.decode_inputs[:2 * B].reshape(2, B)
+                rows = sample_rows = inputs[0]
+                query_starts = self.starts[:B + 1]
+            self.views[key] = SimpleNamespace(
+                kind=kind, shape=key, T=T, B=B, tokens=tokens, positions=positions, slots=slots,
+                seq_lens=seq_lens, rows=rows, sample_rows=sample_rows, query_starts=query_starts,
+                inputs=inputs, all=buffer[:3 * T + 4 * B + 1], splits=self.splits,
+                sampled=self.sampled[:B])
+        return self.views[key]
 
-    def forward(self, batch: Batch) -> np.ndarray:
-        """The transformer, one operation per line: x (T, C) after the last layer."""
-        cfg, ops, T = self.cfg, self.ops, len(batch.tokens)
-        H, G, D = cfg.num_attention_heads, cfg.num_key_value_heads, cfg.head_dim
-        eps = cfg.rms_norm_eps
-        x, h, delta, qkv, o = self.x[:T], self.h[:T], self.delta[:T], self.qkv[:T], self.o[:T]
+    def pack_prefill(self, batch: Batch) -> SimpleNamespace:
+        """Flattens a prefill step: tokens of all its sequences behind one another, one upload."""
+        P, nobody = self.block_size, self.max_num_seqs
+        kind = "prefill" if batch.ready else "chunk"           # a chunk alone samples nothing
+        step = self.arrays(kind, self.padded_tokens(batch.num_tokens),
+                           self.padded_requests(len(batch.sequences)))
+        T, B = step.T, step.B
+        flat = np.zeros(3 * T + 4 * B + 1, np.int32)
+        tokens, positions, slots = flat[:3 * T].reshape(3, T)
+        seq_lens, rows, sample_rows = flat[3 * T:3 * T + 3 * B].reshape(3, B)
+        query_starts = flat[3 * T + 3 * B:]
+        slots[:] = len(self.allocator.ref_counts) * P          # padding: the block of nobody
+        rows[:] = sample_rows[:] = nobody
+        start = 0
+        for b, (seq, count, end) in enumerate(zip(batch.sequences, batch.counts, batch.seq_lens)):
+            where, part = np.arange(end - count, end), slice(start, start + count)
+            tokens[part], positions[part] = seq.token_ids[end - count:end], where
+            blocks = np.array(seq.block_table, np.int32)
+            slots[part] = blocks[where // P] * P + where % P
+            seq_lens[b], rows[b] = end, seq.row
+            start += count
+            query_starts[b + 1] = start
+        query_starts[len(batch.sequences) + 1:] = start        # padded requests have no queries
+        for b in batch.ready:
+            sample_rows[b] = batch.sequences[b].row
+        self.place.upload(step.all, flat)
+        return step
+
+    def pack_decode(self, batch: Batch) -> SimpleNamespace:
+        """Says who decodes; nothing is uploaded when that, and all block tables, are as before."""
+        B = self.padded_requests(len(batch.sequences))
+        step = self.arrays("decode", B, B)
+        rows = [seq.row for seq in batch.sequences]
+        rows += [self.max_num_seqs] * (B - len(rows))          # padding: the row of nobody
+        if rows != self.rows_on_device or any(block is not None for block in batch.new_blocks):
+            inputs = np.zeros((2, B), np.int32)
+            inputs[0] = rows
+            inputs[1, :len(batch.new_blocks)] = [block or 0 for block in batch.new_blocks]
+            self.place.upload(step.inputs, inputs)
+            self.rows_on_device = rows
+        return step
+
+    def compute(self, step: SimpleNamespace) -> None:
+        """All operations of a step: what a graph records."""
+        if step.kind == "decode":
+            self.ops.begin_decode(step.tokens, step.positions, step.slots, step.seq_lens,
+                                  step.splits, step.inputs, self.state, self.block_tables,
+                                  self.block_size, kernels.SPLIT)
+        self.forward(step)
+        if step.kind != "chunk":
+            self.compute_logits(step.query_starts[1:], step.B)
+            self.sample(step)
+
+    def forward(self, step: SimpleNamespace) -> None:
+        """The transformer, one operation per line: self.x (T, C) after the last layer."""
+        cfg, ops, T, decode = self.cfg, self.ops, step.T, step.kind == "decode"
+        eps, matmul = cfg.rms_norm_eps, ops.matmul_decode if decode else ops.matmul
+        matmul_silu_mul = ops.matmul_silu_mul_decode if decode else ops.matmul_silu_mul
+        attention = ops.attention_decode if decode else ops.attention
+        x, h, delta, heads, o = self.x[:T], self.h[:T], self.delta[:T], self.qkv[:T], self.o[:T]
         gate_up, act = self.gate_up[:T], self.act[:T]
-        heads = qkv.reshape(T, H + 2 * G, D)                              # q, then k, then v
-        q, qk, k, v = heads[:, :H], heads[:, :H + G], heads[:, H:H + G], heads[:, H + G:]
-        tokens, positions, slots = map(self.upload, (batch.tokens, batch.positions, batch.slots))
-        context = [self.upload(a) for a in (batch.block_tables, batch.query_starts, batch.seq_lens)]
+        qkv, o_flat = heads.reshape(T, -1), o.reshape(T, -1)
+        rotation = self.cos, self.sin, step.positions, step.slots
+        context = (self.block_tables, step.rows, step.query_starts, step.seq_lens, step.splits,
+                   self.partial)
 
-        ops.embedding(x, tokens, self.weights.embed)                      # (T,) -> (T, C)
+        ops.embedding(x, step.tokens, self.weights.embed)                 # (T,) -> (T, C)
         for l, w in enumerate(self.weights.layers):
             if l == 0:
                 ops.rmsnorm(h, x, w.norm_attn, eps)
             else:
                 ops.add_rmsnorm(h, x, delta, w.norm_attn, eps)    # x += the MLP of the layer before
-            ops.matmul(qkv, h, w.wqkv)                                 # (T, C) -> (T, (H + 2G) * D)
-            ops.rope(qk, self.cos, self.sin, positions)
-            ops.write_kv(self.k_cache[l], self.v_cache[l], k, v, slots)
-            ops.paged_attention(o.reshape(T, H, D), q, self.k_cache[l], self.v_cache[l], *context)
-            ops.matmul(delta, o, w.wo)                                    # (T, H * D) -> (T, C)
+            matmul(qkv, h, w.wqkv)                                     # (T, C) -> (T, (H + 2G) * D)
+            ops.rope_write_kv(heads, self.k_cache[l], self.v_cache[l], *rotation)
+            attention(o, heads, self.k_cache[l], self.v_cache[l], *context)          # -> (T, H, D)
+            matmul(delta, o_flat, w.wo)                                   # (T, H * D) -> (T, C)
             ops.add_rmsnorm(h, x, delta, w.norm_mlp, eps)         # x += the attention of this layer
-            ops.matmul(gate_up, h, w.w_gate_up)                           # (T, C) -> (T, 2F)
-            ops.silu_mul(act, gate_up)                                    # (T, 2F) -> (T, F)
-            ops.matmul(delta, act, w.w_down)                              # (T, F) -> (T, C)
+            matmul_silu_mul(act, h, w.w_gate_up, gate_up)                 # (T, C) -> (T, F)
+            matmul(delta, act, w.w_down)                                  # (T, F) -> (T, C)
         ops.add(x, delta)
-        return x
 
-    def compute_logits(self, x: np.ndarray, rows: np.ndarray) -> np.ndarray:
-        """Logits (B, V) of `rows` (B,) of x, at most max_num_seqs; no other row needs them."""
-        B = len(rows)
+    def compute_logits(self, ends, B: int):
+        """Logits (B, V) of the rows of x before `ends` (B,), at most max_num_seqs; no other row
+        needs them."""
         last, h, logits = self.last[:B], self.h[:B], self.logits[:B]
-        self.ops.embedding(last, self.upload(rows), x)                    # a gather of rows of x
+        self.ops.last_rows(last, ends, self.x)
         self.ops.rmsnorm(h, last, self.weights.norm, self.cfg.rms_norm_eps)
-        self.ops.matmul(logits, h, self.weights.lm_head)                  # (B, C) -> (B, V)
-        return logits if self.device == "cpu" else logits.copy_to_host()
+        self.ops.matmul_decode(logits, h, self.weights.lm_head)           # (B, C) -> (B, V)
+        return logits
 
-    # ---- step: schedule, compute, sample, retire ----
+    def sample(self, step: SimpleNamespace) -> None:
+        """The next token of each request, into `sampled` and into its row's state."""
+        B = step.B
+        logits, scores = self.logits[:B], self.scores[:B]
+        chunk_max, chunk_argmax = self.chunk_max[:B], self.chunk_argmax[:B]
+        self.ops.edit_logits(scores, chunk_max, chunk_argmax, logits, step.sample_rows,
+                             self.settings, self.bias, self.seen)
+        self.ops.sample_tokens(step.sampled, self.state, self.seen, scores, chunk_max, chunk_argmax,
+                               step.sample_rows, step.seq_lens, self.settings, self.seeds)
+
+    # ---- step: schedule, start, retire ----
 
     def step(self) -> list[RequestOutput]:
-        """Runs one step, and returns the requests that got a token or ended in it."""
-        batch = None
+        """Starts a step, and returns the requests that grew or ended in the one it finished: the
+        same on the CPU, the one before on the GPU."""
+        return [request.output() for request in self.advance()]
+
+    def advance(self) -> list[Request]:
+        batch, finished = None, self.in_flight
         try:
-            batch = self.batch = self.schedule()
-            if batch is None:
-                return []
-            x = self.forward(batch)
-            self.score_prompts(batch, x)
-            # a chunk that is not its sequence's last has nothing to sample
-            ready = [b for b, seq in enumerate(batch.sequences)
-                     if batch.seq_lens[b] == len(seq.token_ids)]
-            logits = self.compute_logits(x, batch.query_starts[1:][ready] - 1) if ready else []
-            tokens = [self.sample(batch.sequences[b], row) for b, row in zip(ready, logits)]
-            for seq, end in zip(batch.sequences, batch.seq_lens):
-                seq.num_computed = int(end)
-            for b, token in zip(ready, tokens):
-                self.retire(batch.sequences[b], token)
+            batch = self.schedule()
+            self.batch = batch or self.batch
+            self.in_flight = self.start(batch) if batch else None
+            if not self.place.pipelined:
+                finished, self.in_flight = self.in_flight, None
+            return self.retire_step(*finished) if finished else []
         except BaseException as error:
             # named blocks may be half written, and who was to be computed cannot go on; others can
             self.allocator.forget_hashes()
-            for seq in batch.sequences if batch else list(self.running):
+            self.in_flight, lost = None, batch.sequences if batch else list(self.running)
+            for seq in lost + (finished[0].sequences if finished else []):
                 self.finish(seq, "error" if isinstance(error, Exception) else "abort")
             raise
-        self.num_tokens[batch.kind] += len(batch.tokens)
-        grown = dict.fromkeys(batch.sequences[b].request for b in ready)
-        return [request.output() for request in grown]
 
-    def sample(self, seq: Sequence, logits: np.ndarray) -> int | None:
-        """The next token of seq from its logits (V,), which it consumes; None: there is none."""
-        params, V = seq.params, len(logits)
-        if not np.isfinite(logits.max()):          # NaN wins every max
-            return None
-        raw = logits.copy() if params.logprobs is not None else None
-        for token, bias in params.logit_bias.items():
-            logits[token] += np.float32(bias)
-        penalties = (params.repetition_penalty, params.presence_penalty, params.frequency_penalty)
-        if penalties != (1, 0, 0):
-            in_prompt = np.zeros(V, bool)
-            in_prompt[seq.request.prompt_token_ids] = True
-            counts = np.bincount(seq.output_ids, minlength=V)
-            kernels.penalize_ref(logits, counts, in_prompt, *penalties)
-        if seq.num_outputs < params.min_tokens:
-            logits[list(self.eos_token_ids | set(params.stop_token_ids))] = -np.inf
-        if logits.max() == -np.inf:
-            return None
-        if params.greedy:
-            token = int(logits.argmax())
-        else:
-            token = kernels.sample_ref(logits, params.temperature, params.top_k, params.top_p,
-                                       params.min_p, seq.seed, position=len(seq.token_ids))
-        if raw is not None:
-            entry = self.logprobs_of(raw, token, params.logprobs)
-            seq.logprobs.append(entry)
-            seq.cumulative_logprob += entry[token].logprob
-        return token
+    def start(self, batch: Batch) -> tuple[Batch, Callable, dict[int, np.ndarray]]:
+        """Runs a step, or sets it going: the batch, how to get its tokens, and raw logits where
+        somebody wants logprobs."""
+        step = self.pack_decode(batch) if batch.kind == "decode" else self.pack_prefill(batch)
+        for seq in batch.sequences:
+            produced = seq.num_tokens - len(seq.request.prompt_token_ids)
+            if 0 < seq.params.min_tokens == produced:          # from here on it may stop
+                self.fill_bias(seq)
+        self.place.run(step.shape, lambda: self.compute(step))
+        tokens = self.place.fetch(step.sampled)
+        wanted = [b for b in batch.ready if batch.sequences[b].params.logprobs is not None]
+        logits = {b: self.place.download(self.logits[b]).copy() for b in wanted}
+        self.score_prompts(batch)
+        for seq, end in zip(batch.sequences, batch.seq_lens):
+            seq.num_computed = end
+        for b in batch.ready:
+            batch.sequences[b].num_pending += 1
+        return batch, tokens, logits
+
+    def retire_step(self, batch: Batch, tokens: Callable, logits: dict) -> list[Request]:
+        """Gives the sampled tokens of a finished step to their sequences."""
+        sampled, grown = tokens(), {}
+        for b in batch.ready:
+            seq, token = batch.sequences[b], int(sampled[b])
+            seq.num_pending -= 1
+            if seq.finish_reason:                  # it ended while this step was under way
+                continue
+            if b in logits and token >= 0:
+                entry = self.logprobs_of(logits[b], token, seq.params.logprobs)
+                seq.logprobs.append(entry)
+                seq.cumulative_logprob += entry[token].logprob
+            self.retire(seq, token)
+            grown[seq.request] = None
+        self.num_tokens[batch.kind] += batch.num_tokens
+        return list(grown)
 
     def logprobs_of(self, logits: np.ndarray, token: int, count: int) -> dict[int, Logprob]:
         """The chosen token and the `count` likeliest (-1: all) of one row of raw logits."""
@@ -1414,26 +1975,27 @@ class Engine:
             return self.tokenizer.decode([t], skip_special_tokens=False) if self.tokenizer else None
         return {t: Logprob(float(logprobs[t]), rank, decoded(t)) for t, rank in ranks.items()}
 
-    def score_prompts(self, batch: Batch, x: np.ndarray) -> None:
+    def score_prompts(self, batch: Batch) -> None:
         """Appends the prompt logprobs of a chunk: position i predicts prompt token i + 1."""
-        for seq, start, count in zip(batch.sequences, batch.query_starts, batch.counts):
+        start = 0
+        for seq, end, count in zip(batch.sequences, batch.seq_lens, batch.counts):
             wanted, scored = seq.params.prompt_logprobs, seq.request.prompt_logprobs
-            ids = seq.request.prompt_token_ids
+            ids, computed, start = seq.request.prompt_token_ids, end - count, start + count
             if wanted is None or batch.kind == "decode":
                 continue
             # another sample of the request, or this one before a preemption, may have come further
-            first = max(seq.num_computed, len(scored) - 1)
-            last = min(seq.num_computed + count, len(ids) - 1)
+            first, last = max(computed, len(scored) - 1), min(end, len(ids) - 1)
             for i in range(first, last, self.max_num_seqs):
                 positions = np.arange(i, min(i + self.max_num_seqs, last), dtype=np.int32)
-                logits = self.compute_logits(x, positions - seq.num_computed + start)
+                ends = self.on_device(positions - computed + start - count + 1)
+                logits = self.place.download(self.compute_logits(ends, len(positions)))
                 for position, row in zip(positions, logits):
                     scored.append(self.logprobs_of(row, ids[position + 1], wanted))
 
-    def retire(self, seq: Sequence, token: int | None) -> None:
+    def retire(self, seq: Sequence, token: int) -> None:
         """Appends the sampled token to its sequence, and ends the sequence if this was its last."""
         request, params = seq.request, seq.params
-        if token is None:
+        if token < 0:
             self.finish(seq, "error", "no finite logit is left to choose from: the weights hold "
                         "NaN or Inf, or every token is ruled out")
             return
@@ -1530,7 +2092,7 @@ class Engine:
                 if self.interrupted:
                     self.interrupted = False
                     raise KeyboardInterrupt
-                self.step()
+                self.advance()
                 yield from news()
             yield from news()                      # what ended while somebody else made the steps
         finally:
@@ -1607,36 +2169,13 @@ def check_positive(**options) -> None:
             raise UserError(f"{name} is {value!r}, expected a positive integer")
 
 
-def pick_device(device: str) -> str:
-    """The same device if it can be used here; UserError says what can."""
-    if device == "sim" and not kernels.SIMULATOR:
-        raise UserError("device 'sim' needs the simulator before Numba is imported: set the "
-                        "environment variable NUMBA_ENABLE_CUDASIM=1")
-    if device == "cuda" and (kernels.SIMULATOR or not cuda.is_available()):
-        raise UserError("device 'cuda' found no GPU with a working driver: use --device cpu, or "
-                        "install an NVIDIA driver of version 580 or newer (for an older one, "
-                        "numba-cuda[cu12] and cuda-python 12)")
-    if device not in ("cuda", "cpu", "sim"):
-        raise UserError(f"device is {device!r}, expected 'cuda', 'cpu' or 'sim'")
-    return device
-
-
-def weights_on_gpu(weights: Weights) -> Weights:
-    embed = cuda.to_device(weights.embed)
-    tied = weights.lm_head is weights.embed
-    layers = [LayerWeights(**{name: cuda.to_device(array) for name, array in vars(layer).items()})
-              for layer in weights.layers]
-    return Weights(embed, layers, cuda.to_device(weights.norm),
-                   embed if tied else cuda.to_device(weights.lm_head))
-
-
 def load_tokenizer(directory: Path) -> Tokenizer | None:
     """None where the checkpoint has none: token ids still work."""
     return Tokenizer(directory) if (directory / "tokenizer.json").exists() else None
 
 
 # -----------------------------------------------------------------------------
-# 8. Command line
+# 9. Command line
 #
 # Text goes to stdout and everything else to stderr. Exit codes: 0 success, 1 bad input or failure,
 # 2 usage, 130 interrupted.
@@ -1686,8 +2225,17 @@ def build_parser() -> argparse.ArgumentParser:
         help="reuse blocks of equal beginnings")
     add("--static-batching", action="store_true",
         help="nobody joins a batch until all of it has ended")
-    add("--device", choices=("cuda", "cpu", "sim"), default="cpu",
-        help="GPU, NumPy, or the GPU's kernels in Numba's simulator (default: %(default)s)")
+    add("--device", choices=("auto", "cuda", "cpu", "sim"), default="auto",
+        help="GPU, NumPy, or the GPU's kernels in Numba's simulator (default: the GPU if there is "
+        "one, else NumPy)")
+    add("--dtype", choices=("auto", *ELEMENTS), default="auto",
+        help="element type on the GPU (default: the checkpoint's)")
+    add("--kernels", choices=("auto", *kernels.RUNGS), default="auto",
+        help="rung of the kernels' ladders (default: the highest that GPU and model allow)")
+    add("--enforce-eager", action="store_true",
+        help="no CUDA graphs, and a wait after each kernel: an error names its kernel")
+    add("--gpu-memory-utilization", type=float, default=0.9,
+        help="share of the GPU's memory to use (default: %(default)s)")
     add("--verbose-prompt", action="store_true", help="show the prompt and its token ids")
     add("--stats", action=argparse.BooleanOptionalAction, default=True,
         help="speed and memory on stderr")
@@ -1718,7 +2266,7 @@ def main(argv: list[str] | None = None) -> int:
         status = run_command(args)
         sys.stdout.flush()
         return status
-    except UserError as error:
+    except (UserError, KernelError) as error:
         note(f"error: {error}")
         return 1
     except MemoryError as error:
@@ -1750,7 +2298,10 @@ def run_command(args: argparse.Namespace) -> int:
     args.stop = args.stop and [readable(text) for text in args.stop]
     prompts = [readable(prompt) for prompt in args.prompt]
     prompts += [read_prompt_file(name) for name in args.file]
-    engine = Engine(args.model, device=args.device, max_model_len=args.max_model_len,
+    engine = Engine(args.model, device=args.device, dtype=args.dtype, rung=args.kernels,
+                    enforce_eager=args.enforce_eager,
+                    gpu_memory_utilization=args.gpu_memory_utilization,
+                    max_model_len=args.max_model_len,
                     max_num_seqs=args.max_num_seqs,
                     max_num_batched_tokens=args.max_num_batched_tokens, block_size=args.block_size,
                     enable_prefix_caching=args.enable_prefix_caching,
