@@ -4,6 +4,7 @@
     python bench.py decode --shape 1b --vs transformers
     python bench.py serve                         # continuous batching against static batching
     python bench.py start                         # from the command to the first character
+    python bench.py kernels                       # every kernel at the shapes of Llama 3.2 1B (GPU)
 
 --shape 1b is Llama 3.2 1B with random weights, made on the spot: no download. Rows are named as
 llama-bench names them: pp is prompt processing, tg is text generation. Every figure is the median
@@ -12,6 +13,8 @@ of --repeat runs after one warm-up run.
 
 import argparse
 import json
+import math
+import os
 import statistics
 import subprocess
 import sys
@@ -21,8 +24,10 @@ from pathlib import Path
 
 import ml_dtypes
 import numpy as np
+from numba import cuda
 from safetensors.numpy import save_file
 
+import kernels_numba as kernels
 import tinyvllm
 from tinyvllm import Engine, SamplingParams
 
@@ -38,15 +43,13 @@ LLAMA_1B = dict(
 def random_checkpoint(directory: Path, config: dict) -> Path:
     """A bf16 checkpoint of this shape; the weights are noise of the usual size."""
     (directory / "config.json").write_text(json.dumps(config))
-    _, table = tinyvllm.allocate_weights(tinyvllm.load_config(directory))
-    rng = np.random.default_rng(0)
-    tensors = {}
-    for name, place in table.items():
-        if place.ndim == 1:
-            tensors[name] = np.ones(place.shape, ml_dtypes.bfloat16)
-        else:
-            noise = rng.standard_normal(place.shape, np.float32) * np.float32(0.02)
-            tensors[name] = noise.astype(ml_dtypes.bfloat16)
+    noise = np.random.default_rng(0).standard_normal(1 << 24, np.float32) * np.float32(0.02)
+    noise, tensors = noise.astype(ml_dtypes.bfloat16), {}
+    for n, (name, shape) in enumerate(
+            tinyvllm.weight_shapes(tinyvllm.load_config(directory)).items()):
+        # the same noise for all, from another place on: drawing a billion numbers takes a minute
+        tensors[name] = np.ones(shape, ml_dtypes.bfloat16) if len(shape) == 1 else np.resize(
+            np.roll(noise, 12347 * n), shape)
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
     return directory
 
@@ -69,10 +72,9 @@ def prompts(count: int, length: int, vocab_size: int, seed: int = 0) -> list[dic
 
 def bench_decode(args, directory: Path) -> list[dict]:
     """tgN @ batch B: tokens/s of decode alone, the prefill timed apart and taken off."""
-    engine = Engine(directory, max_model_len=args.prompt_len + args.output_len,
-                    enable_prefix_caching=False)
-    weight_bytes = 4 * sum(a.size for layer in engine.weights.layers for a in vars(layer).values())
-    weight_bytes += engine.weights.lm_head.nbytes
+    engine = Engine(directory, device=args.device, max_model_len=args.prompt_len + args.output_len,
+                    max_num_seqs=max(args.batch), enable_prefix_caching=False)
+    print(engine.describe(), file=sys.stderr)
     rows = []
     for batch in args.batch:
         asked = prompts(batch, args.prompt_len, engine.cfg.vocab_size)
@@ -81,7 +83,7 @@ def bench_decode(args, directory: Path) -> list[dict]:
             engine.generate(asked, SamplingParams(temperature=0, max_tokens=new_tokens,
                                                   ignore_eos=True), use_tqdm=False)
         rows += prefill_and_decode("tinyvllm", generate, batch, args)
-        rows[-1]["weights GB/s"] = weight_bytes / rows[-1]["ms/step"] / 1e6
+        rows[-1]["weights GB/s"] = engine.weight_bytes / rows[-1]["ms/step"] / 1e6
     if args.vs == "transformers":
         rows += bench_transformers(args, directory)
     return rows
@@ -99,15 +101,18 @@ def prefill_and_decode(engine: str, generate, batch: int, args) -> list[dict]:
 
 
 def bench_transformers(args, directory: Path) -> list[dict]:
-    """The same requests through transformers' generate in float32, in the same process."""
+    """The same requests through transformers' generate, in the same process: float32 on the CPU,
+    bfloat16 on the GPU."""
     import torch
     import transformers
     transformers.utils.logging.disable_progress_bar()
-    model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    gpu = tinyvllm.pick_device(args.device) == "cuda"
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        directory, dtype=torch.bfloat16 if gpu else torch.float32).to("cuda" if gpu else "cpu")
     rows = []
     for batch in args.batch:
         asked = prompts(batch, args.prompt_len, model.config.vocab_size)
-        ids = torch.tensor([prompt["prompt_token_ids"] for prompt in asked])
+        ids = torch.tensor([prompt["prompt_token_ids"] for prompt in asked], device=model.device)
 
         def generate(new_tokens):
             model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens,
@@ -122,7 +127,7 @@ def bench_serve(args, directory: Path) -> list[dict]:
     count, longest = 64, 200
     lengths = rng.integers(8, longest, (count, 2))
     for name, static in (("static batching", True), ("continuous batching", False)):
-        engine = Engine(directory, max_model_len=2 * longest, max_num_seqs=16,
+        engine = Engine(directory, device=args.device, max_model_len=2 * longest, max_num_seqs=16,
                         static_batching=static, enable_prefix_caching=False)
         asked = [prompts(1, int(length), engine.cfg.vocab_size, seed=i)[0]
                  for i, (length, _) in enumerate(lengths)]
@@ -136,20 +141,236 @@ def bench_serve(args, directory: Path) -> list[dict]:
 
 
 def bench_start(args, directory: Path) -> list[dict]:
-    """From starting Python to the first character of the answer on standard output."""
+    """From starting Python to the first character of the answer on standard output: the first run
+    with an empty kernel cache, the others with what it left."""
+    cache = tempfile.TemporaryDirectory()
+    environment = os.environ | {"NUMBA_CACHE_DIR": cache.name}
     command = [sys.executable, "-u", tinyvllm.__file__, "--model", str(directory), "--no-stats",
-               "--prompt", "What is a block?"]
+               "--device", args.device, "--max-tokens", "2", "--raw", "--prompt",
+               "What is a block?"]
+    if not (directory / "tokenizer.json").exists():
+        command[2:2] = ["-c", START_WITHOUT_TEXT]
+        del command[4]
 
     def first_character() -> float:
         started = time.perf_counter()
-        with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
+        with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment) as process:
             process.stdout.read(1)
             seconds = time.perf_counter() - started
             process.stdout.read()
         return seconds
-    first_character()
-    seconds = statistics.median(first_character() for _ in range(args.repeat))
-    return [{"engine": "tinyvllm", "row": "first token", "seconds": seconds}]
+    with cache:
+        cold = first_character()
+        warm = statistics.median(first_character() for _ in range(args.repeat))
+    return [{"engine": "tinyvllm", "row": "first token, cold", "seconds": cold},
+            {"engine": "tinyvllm", "row": "first token, warm", "seconds": warm}]
+
+
+# random weights have no tokenizer: the same start, with token ids for a prompt and for an answer
+START_WITHOUT_TEXT = """
+import sys, tinyvllm
+options = dict(zip(sys.argv[1::2], sys.argv[2::2]))
+engine = tinyvllm.Engine(options["--model"], device=sys.argv[sys.argv.index("--device") + 1])
+params = tinyvllm.SamplingParams(temperature=0, max_tokens=2, ignore_eos=True)
+for output in engine.stream([list(range(5, 13))], params):
+    print(output["token_ids"], flush=True)
+"""
+
+# ---- kernels ----
+
+HEADS = dict(H=32, G=8, D=64, P=16)
+PROJECTIONS = {"qkv": dict(N=3072, K=2048), "o": dict(N=2048, K=2048),
+               "gate_up": dict(N=16384, K=2048), "down": dict(N=2048, K=8192)}
+
+
+def attention_shape(requests, context, queries):
+    return HEADS | dict(contexts=(context,) * requests, queries=(queries,) * requests)
+
+
+# (row of KERNELS, label, dimensions): prefill of 2,048 tokens, and decode
+MODEL_SHAPES = [
+    ("embedding", "T 2048", dict(T=2048, C=2048, V=128256)),
+    ("rmsnorm", "T 2048", dict(T=2048, C=2048)),
+    ("add_rmsnorm", "T 2048", dict(T=2048, C=2048)),
+    ("add_rmsnorm", "T 1", dict(T=1, C=2048)),
+    ("silu_mul", "T 2048", dict(T=2048, F=8192)),
+    ("rope_write_kv", "T 2048", dict(T=2048, H=32, G=8, D=64, P=16)),
+    ("matmul naive", "T 256 o", dict(T=256, **PROJECTIONS["o"])),
+    ("matmul tiled", "T 256 o", dict(T=256, **PROJECTIONS["o"])),
+    ("matmul tensor", "4096^3", dict(T=4096, N=4096, K=4096)),
+    *(("matmul tensor", f"T 2048 {name}", dict(T=2048, **shape))
+      for name, shape in PROJECTIONS.items()),
+    ("matmul tensor SwiGLU", "T 2048 gate_up", dict(T=2048, **PROJECTIONS["gate_up"])),
+    ("matmul naive", "T 1 gate_up", dict(T=1, **PROJECTIONS["gate_up"])),
+    ("matmul warp", "T 1 gate_up", dict(T=1, **PROJECTIONS["gate_up"])),
+    *(("matmul streamed", f"T 1 {name}", dict(T=1, **shape))
+      for name, shape in PROJECTIONS.items()),
+    ("matmul streamed SwiGLU", "T 1 gate_up", dict(T=1, **PROJECTIONS["gate_up"])),
+    ("matmul streamed", "T 1 lm_head", dict(T=1, N=128256, K=2048)),
+    ("matmul streamed", "T 8 gate_up", dict(T=8, **PROJECTIONS["gate_up"])),
+    ("matmul streamed", "T 16 gate_up", dict(T=16, **PROJECTIONS["gate_up"])),
+    ("matmul streamed", "T 64 gate_up", dict(T=64, **PROJECTIONS["gate_up"])),
+    ("attention threepass", "1 x 128", attention_shape(1, 128, 128)),
+    ("attention online", "1 x 2048", attention_shape(1, 2048, 2048)),
+    ("attention tiled", "1 x 2048", attention_shape(1, 2048, 2048)),
+    ("paged decode", "1 x 8192", attention_shape(1, 8192, 1)),
+    ("paged decode split", "1 x 8192", attention_shape(1, 8192, 1)),
+    ("paged decode split", "1 x 128", attention_shape(1, 128, 1)),
+    ("paged decode split", "64 x 4096", attention_shape(64, 4096, 1)),
+    ("edit_logits", "B 1", dict(B=1, V=128256)),
+    ("sample_tokens", "B 1 greedy", dict(B=1, V=128256)),
+    ("begin_decode", "B 64", dict(B=64, P=16)),
+]
+
+
+def formula_values(dims: dict) -> dict:
+    """The names that the cards' formulas use; S is what a query sees on average."""
+    values = dict(dims, E=2, QUERIES=64)
+    if "contexts" in dims:
+        tokens = sum(dims["queries"])
+        pairs = sum(S * n - n * (n - 1) / 2 for S, n in zip(dims["contexts"], dims["queries"]))
+        values |= dict(T=tokens, B=len(dims["contexts"]), S=pairs / tokens)
+    return values
+
+
+def copies_of(arguments: list, moved: float) -> list[list]:
+    """Enough sets of the same arguments that reading them in turn leaves the L2 cache cold."""
+    count = max(1, min(24, math.ceil((200 << 20) / max(moved, 1 << 20))))
+    return [[cuda.to_device(a) if isinstance(a, np.ndarray) else a for a in arguments]
+            for _ in range(count)]
+
+
+def graph_ms(gpu, launches, repeat: int) -> float:
+    """Milliseconds a launch, median of replays of one graph of all of them, one after another."""
+    for launch in launches:
+        launch()
+    gpu.stream.synchronize()
+    record, gpu.overlap_kernels = gpu.overlap_kernels, lambda graph: None
+    graph = gpu.record(lambda: [launch() for launch in launches])
+    gpu.overlap_kernels = record
+    times, begin, end = [], cuda.event(), cuda.event()
+    for _ in range(max(5, repeat)):
+        begin.record(gpu.stream)
+        gpu.call(gpu.driver.cuGraphLaunch(graph, gpu.handle))
+        end.record(gpu.stream)
+        end.synchronize()
+        times.append(cuda.event_elapsed_time(begin, end) / len(launches))
+    return statistics.median(times[2:])
+
+
+def bench_kernels(args, directory: Path) -> list[dict]:
+    """Every kernel of KERNELS at the shapes of Llama 3.2 1B, as a share of what the GPU can do."""
+    gpu = tinyvllm.Gpu(kernels.RUNGS["tensor"], eager=False)
+    table = {row.name: row for row in kernels.KERNELS}
+    copied = cuda.device_array(1 << 30, np.uint8), cuda.device_array(1 << 30, np.uint8)
+    copy = graph_ms(gpu, [lambda: gpu.call(gpu.driver.cuMemcpyDtoDAsync(
+        tinyvllm.pointer(copied[0]), tinyvllm.pointer(copied[1]), 1 << 30, gpu.handle))] * 4,
+        args.repeat)
+    del copied
+    bandwidth = 2 * (1 << 30) / copy / 1e6                            # GB/s
+    rows = [{"row": "copy", "shape": "1 GiB", "us": 1e3 * copy, "GB/s": bandwidth, "% of": 100.0}]
+    peak = None
+    for name, label, dims in MODEL_SHAPES:
+        row, values = table[name], formula_values(dims)
+        plain = len(row.types) == 1
+        arguments = row.example(np.random.default_rng(0), (lambda a: a) if plain else (
+            lambda a: a.astype(ml_dtypes.bfloat16).view(np.uint16)), **dims)
+        values["N"] = values.get("N", len(arguments[-1]) if "paged" in name else 0)
+        moves, does = (eval(formula, {}, values) for formula in (
+            row.moves, row.does))
+        sets = copies_of(arguments, sum(a.nbytes for a in arguments if isinstance(a, np.ndarray)))
+        launches = [lambda a=a: row.launcher(*a, stream=gpu.stream) for a in sets]
+        launches *= max(1, math.ceil(8 / len(launches)))
+        ms = graph_ms(gpu, launches, args.repeat)
+        entry = {"row": name, "shape": label, "us": 1e3 * ms}
+        theirs = torch_ms(name, sets, args.repeat)
+        if does / moves > 200:
+            entry["TFLOP/s"] = does / ms / 1e9
+            if theirs and peak is None:
+                peak = does / theirs / 1e9                             # cuBLAS at 4096^3
+            entry["% of"] = 100 * entry["TFLOP/s"] / peak if peak else None
+        else:
+            entry["GB/s"] = moves / ms / 1e6
+            entry["% of"] = 100 * entry["GB/s"] / bandwidth
+        if theirs:
+            entry |= {"torch us": 1e3 * theirs, "torch / ours": theirs / ms}
+        rows.append({k: v for k, v in entry.items() if v is not None})
+        del sets, launches
+    return rows + [decode_pass(gpu, bandwidth, args.repeat)]
+
+
+def decode_pass(gpu, bandwidth: float, repeat: int) -> dict:
+    """All 65 weight matrices of the model, for one token, as one graph with overlapping kernels."""
+    def weight(N, K):
+        return cuda.to_device(np.resize(noise, (N, K)))
+
+    noise = (np.random.default_rng(0).standard_normal(1 << 20).astype(ml_dtypes.bfloat16)
+             .view(np.uint16))
+    x = {K: cuda.to_device(np.resize(noise, (1, K))) for K in (2048, 8192)}
+    out = {N: cuda.device_array((1, N), np.uint16) for N in (2048, 3072, 16384)}
+    logits, head = cuda.device_array((1, 128256), np.float32), weight(128256, 2048)
+    layers = [[weight(**shape) for shape in PROJECTIONS.values()] for _ in range(16)]
+
+    def work():
+        for layer in layers:
+            for w in layer:
+                kernels.matmul_streamed(out[w.shape[0]], x[w.shape[1]], w, stream=gpu.stream)
+        kernels.matmul_streamed(logits, x[2048], head, stream=gpu.stream)
+    work()
+    gpu.stream.synchronize()
+    graph, times, begin, end = gpu.record(work), [], cuda.event(), cuda.event()
+    for _ in range(max(7, repeat)):
+        begin.record(gpu.stream)
+        gpu.call(gpu.driver.cuGraphLaunch(graph, gpu.handle))
+        end.record(gpu.stream)
+        end.synchronize()
+        times.append(cuda.event_elapsed_time(begin, end))
+    ms = statistics.median(times[2:])
+    moved = sum(w.nbytes for layer in layers for w in layer) + head.nbytes
+    return {"row": "matmul streamed", "shape": "T 1 all 65 matrices", "us": 1e3 * ms,
+            "GB/s": moved / ms / 1e6, "% of": 100 * moved / ms / 1e6 / bandwidth}
+
+
+def torch_ms(name: str, sets: list[list], repeat: int) -> float | None:
+    """cuBLAS or SDPA on the same arrays, as a graph too; None where there is nothing to compare."""
+    try:
+        import torch
+    except ImportError:
+        return None
+
+    def tensor(array):
+        return torch.as_tensor(array, device="cuda").view(torch.bfloat16)
+    if name.startswith("matmul") and "SwiGLU" not in name:
+        out, pairs = tensor(sets[0][0]), [(tensor(s[1]), tensor(s[2]).t()) for s in sets]
+        calls = [lambda x=x, w=w: torch.matmul(x, w, out=out) for x, w in pairs]
+    elif name in ("attention tiled", "paged decode split"):
+        calls = []
+        for out, qkv, k_cache, v_cache, tables, rows, starts, seq_lens, *_ in sets[:4]:
+            (T, H, D), (B, S, G) = out.shape, (len(seq_lens), int(seq_lens[0]), k_cache.shape[2])
+            q = tensor(qkv)[:, :H].reshape(B, T // B, H, D).transpose(1, 2).contiguous()
+            k, v = (torch.randn(B, G, S, D, device="cuda").bfloat16() for _ in range(2))
+            calls.append(lambda q=q, k=k, v=v, causal=T > B: (
+                torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=causal,
+                                                                 enable_gqa=True)))
+    else:
+        return None
+    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    with torch.cuda.stream(stream):
+        for call in calls:
+            call()
+    torch.cuda.synchronize()
+    calls *= max(1, math.ceil(8 / len(calls)))
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    times, begin, end = [], torch.cuda.Event(True), torch.cuda.Event(True)
+    for _ in range(max(5, repeat)):
+        begin.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end) / len(calls))
+    return statistics.median(times[2:])
 
 
 def show(rows: list[dict]) -> None:
@@ -165,7 +386,8 @@ def show(rows: list[dict]) -> None:
 def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("decode", "serve", "start"))
+    parser.add_argument("what", choices=("decode", "serve", "start", "kernels"))
+    parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto")
     parser.add_argument("--shape", choices=("demo", "1b"), default="demo")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 16])
     parser.add_argument("--prompt-len", type=int, default=64)
@@ -174,9 +396,12 @@ def main():
     parser.add_argument("--vs", choices=("transformers",))
     parser.add_argument("--json", action="store_true", help="rows as JSON instead of a table")
     args = parser.parse_args()
-    bench = {"decode": bench_decode, "serve": bench_serve, "start": bench_start}[args.what]
+    bench = {"decode": bench_decode, "serve": bench_serve, "start": bench_start,
+             "kernels": bench_kernels}[args.what]
+    if args.what == "kernels" and tinyvllm.pick_device("auto") != "cuda":
+        parser.error("kernels are timed on a GPU: there is none here")
     with tempfile.TemporaryDirectory() as scratch:
-        demo = args.shape == "demo"
+        demo = args.shape == "demo" or args.what == "kernels"
         rows = bench(args, tinyvllm.DEMO if demo else random_checkpoint(Path(scratch), LLAMA_1B))
     if args.json:
         print(json.dumps(rows, indent=1))

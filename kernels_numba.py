@@ -853,6 +853,7 @@ def make_matmul_tensor(TILE_T, TILE_N, WARPS_T, WARPS_N, GATED):
     COPIES = COPIES_X + COPIES_W
     STAGE = (TILE_T + TILE_N) * TENSOR_K
     STEPS = TENSOR_K // 16
+    COPIES_W_A_STEP = ceil_div(COPIES_W, STEPS)
 
     @cuda.jit(device=True)
     def first_elements(starts, x, weight, first_t, first_n):
@@ -883,11 +884,12 @@ def make_matmul_tensor(TILE_T, TILE_N, WARPS_T, WARPS_N, GATED):
             r = row + i * ROWS_A_COPY
             place = stage + r * TENSOR_K + (q ^ (r & 7)) * 8
             copy_async(tiles, place, x, uint32(starts[i] + k), size)
-        for j in range(COPIES_W // STEPS):
-            i = part * (COPIES_W // STEPS) + j
-            r = row + i * ROWS_A_COPY
-            place = stage + (TILE_T + r) * TENSOR_K + (q ^ (r & 7)) * 8
-            copy_async(tiles, place, weight, uint32(starts[COPIES_X + i] + k), size)
+        for j in range(COPIES_W_A_STEP):
+            i = part * COPIES_W_A_STEP + j
+            if i < COPIES_W:
+                r = row + i * ROWS_A_COPY
+                place = stage + (TILE_T + r) * TENSOR_K + (q ^ (r & 7)) * 8
+                copy_async(tiles, place, weight, uint32(starts[COPIES_X + i] + k), size)
 
     @cuda.jit(device=True)
     def load_fragments(a, b, half, tiles, stage, a_row, b_row, step):
@@ -984,22 +986,23 @@ def ceil_div_int(a, b):
     return (a + b - 1) // b
 
 
-# (TILE_T, TILE_N, WARPS_T, WARPS_N): the larger the tile, the fewer bytes for each multiplication;
-# the smaller, the better a small product fills the chip
-TENSOR_TILES = ((16, 16, 1, 1),) if SIMULATOR else ((128, 256, 2, 4), (128, 128, 2, 4),
-                                                    (64, 64, 2, 2), (128, 128, 2, 2))
+# (TILE_T, TILE_N, WARPS_T, WARPS_N) -> how many fit a multiprocessor, and the relative speed of a
+# chip full of them: larger tiles read less for each multiplication, smaller ones leave less of the
+# chip idle at the end
+TENSOR_TILES = {(16, 16, 1, 1): (1, 1.0)} if SIMULATOR else {
+    (128, 256, 2, 4): (1, 1.0), (128, 128, 2, 2): (2, 1.0), (128, 96, 2, 2): (2, 0.9),
+    (64, 128, 2, 2): (2, 0.85), (64, 64, 2, 2): (4, 0.6)}
 MATMUL_TENSOR = {(tile, gated): make_matmul_tensor(*tile, gated)
                  for tile in TENSOR_TILES for gated in (False, True)}
 
 
 def pick_tile(T, N, multiprocessors):
-    """The tile that keeps the chip busiest: the share of a whole number of waves that is work."""
+    """The tile with the most work in the time that its waves of thread blocks take."""
     def merit(tile):
-        TILE_T, TILE_N = tile[:2]
-        at_once = multiprocessors * (2 if TILE_T * TILE_N <= 128 * 128 else 1)
-        tiles = ceil_div(T, TILE_T) * ceil_div(N, TILE_N)
-        work = T * N / (ceil_div(tiles, at_once) * at_once * TILE_T * TILE_N)
-        return work * {256: 1.0, 128: 0.9}.get(TILE_N, 0.5)            # larger tiles are faster
+        at_once, speed = TENSOR_TILES[tile]
+        tiles = ceil_div(T, tile[0]) * ceil_div(N, tile[1])
+        waves = ceil_div(tiles, multiprocessors * at_once)
+        return speed / (waves * at_once * tile[0] * tile[1])
     return max(TENSOR_TILES, key=merit)
 
 
@@ -1007,6 +1010,7 @@ def matmul_tensor(out, x, weight, stream=0, gated=False, tile=None):
     (T, K), N = x.shape, weight.shape[0]
     assert out.shape == (T, N // 2 if gated else N) and weight.shape[1] == K, (out.shape, x.shape)
     assert K % 8 == 0 and N % (16 if gated else 8) == 0, f"K {K} and N {N} must be multiples of 8"
+    assert max(T, N) * K < 1 << 32, f"{max(T, N)} rows of {K}: elements are counted in 32 bits"
     tile = tile or pick_tile(T, N, 1 if SIMULATOR else cuda.get_current_device()
                              .MULTIPROCESSOR_COUNT)
     TILE_T, TILE_N, WARPS_T, WARPS_N = tile

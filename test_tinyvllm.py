@@ -791,8 +791,8 @@ def test_an_eager_engine_names_the_kernel_that_fails(small, monkeypatch):
 
 @needs_gpu
 def test_too_little_gpu_memory_is_one_sentence(small):
-    refuses(small, "the GPU has", "more are needed", device="cuda", kv_cache_memory_bytes=1 << 50,
-            max_num_seqs=4096, num_gpu_blocks_override=1 << 30)
+    refuses(small, "the GPU has", "more are needed", device="cuda",
+            num_gpu_blocks_override=1 << 28)               # of 4 KiB each: a terabyte
     refuses(small, "use --kv-cache-memory-bytes", device="cuda", gpu_memory_utilization=1e-6)
 
 

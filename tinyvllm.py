@@ -841,7 +841,7 @@ class Sequence:
     token_ids: list[int]                           # prompt + output
     detokenizer: Detokenizer | None
     num_computed: int = 0
-    prefill_end: int = 0               # tokens to prefill: a preempted sequence's output is among them
+    prefill_end: int = 0               # tokens to prefill; a preempted sequence's output included
     num_pending: int = 0                           # tokens sampled and not yet read
     row: int | None = None                         # its row of the engine's tables, while it runs
     block_table: list[int] = field(default_factory=list)
@@ -1351,7 +1351,6 @@ class Engine:
         budget = self.cache_budget(gpu_memory_utilization, directory)
         num_blocks = self.size_cache(max_model_len, kv_cache_memory_bytes or budget,
                                      num_gpu_blocks_override)
-        self.allocator = BlockAllocator(num_blocks)
         self.weights = self.load_weights(checkpoint)
         try:
             self.allocate_buffers(num_blocks)
@@ -1359,6 +1358,7 @@ class Engine:
             size = format_bytes(num_blocks * self.bytes_per_block)
             raise UserError(f"the KV cache of {size} does not fit into memory ({error}): use "
                             f"--kv-cache-memory-bytes {DEFAULT_CACHE_BYTES} or less") from None
+        self.allocator = BlockAllocator(num_blocks)
 
         self.rng = np.random.default_rng(seed)
         self.request_counter = 0
@@ -1620,7 +1620,7 @@ class Engine:
         decoding = [seq for seq in self.running if seq.is_decoding and not self.is_complete(seq)]
         if self.static_batching:
             started = any(seq.num_tokens - len(seq.request.prompt_token_ids) > 1
-                          for seq in self.running)
+                          for seq in self.running if seq.is_decoding)
             prefill_turn = not started
         else:
             prefill_turn = not (decoding and self.prefilled_last)
