@@ -265,6 +265,13 @@ def bits_float(word):
     return np.uint32(word).view(np.float32)
 
 
+@instruction("mov.b32 {0}, {1};", "=r", "r", keep=False)
+def one_register(word):
+    """The same word, as a value that the compiler takes as it is: what is added to it afterwards
+    stays a constant of the instruction, and does not become a register of its own."""
+    return np.uint32(word)
+
+
 @instruction("ex2.approx.ftz.f32 {0}, {1};", "=f", "f", keep=False)
 def exp2(x):
     """2 ** x, to 2 bits of the last place; 0 for -inf."""
@@ -853,7 +860,7 @@ def make_matmul_tensor(TILE_T, TILE_N, WARPS_T, WARPS_N, GATED):
     COPIES = COPIES_X + COPIES_W
     STAGE = (TILE_T + TILE_N) * TENSOR_K
     STEPS = TENSOR_K // 16
-    COPIES_W_A_STEP = ceil_div(COPIES_W, STEPS)
+    COPIES_X_A_STEP, COPIES_W_A_STEP = ceil_div(COPIES_X, STEPS), ceil_div(COPIES_W, STEPS)
 
     @cuda.jit(device=True)
     def first_elements(starts, x, weight, first_t, first_n):
@@ -879,17 +886,18 @@ def make_matmul_tensor(TILE_T, TILE_N, WARPS_T, WARPS_N, GATED):
         k = tile * TENSOR_K + q * 8
         size = uint32(16) if k < K else uint32(0)
         k = uint32(k) if k < K else uint32(0)
-        for j in range(COPIES_X // STEPS):
-            i = part * (COPIES_X // STEPS) + j
-            r = row + i * ROWS_A_COPY
-            place = stage + r * TENSOR_K + (q ^ (r & 7)) * 8
-            copy_async(tiles, place, x, uint32(starts[i] + k), size)
+        # a thread's rows are a multiple of 8 apart: the same chunk in all of them
+        place = one_register(uint32(stage + row * TENSOR_K + (q ^ (row & 7)) * 8))
+        for j in range(COPIES_X_A_STEP):
+            i = part * COPIES_X_A_STEP + j
+            if i < COPIES_X:
+                copy_async(tiles, place + i * ROWS_A_COPY * TENSOR_K, x, uint32(starts[i] + k),
+                           size)
         for j in range(COPIES_W_A_STEP):
             i = part * COPIES_W_A_STEP + j
             if i < COPIES_W:
-                r = row + i * ROWS_A_COPY
-                place = stage + (TILE_T + r) * TENSOR_K + (q ^ (r & 7)) * 8
-                copy_async(tiles, place, weight, uint32(starts[COPIES_X + i] + k), size)
+                copy_async(tiles, place + (TILE_T + i * ROWS_A_COPY) * TENSOR_K, weight,
+                           uint32(starts[COPIES_X + i] + k), size)
 
     @cuda.jit(device=True)
     def load_fragments(a, b, half, tiles, stage, a_row, b_row, step):
@@ -897,12 +905,12 @@ def make_matmul_tensor(TILE_T, TILE_N, WARPS_T, WARPS_N, GATED):
         lane = cuda.threadIdx.x % WARP
         a_chunk = ((step * 2 + lane // 16) ^ (a_row & 7)) * 8
         b_chunk = ((step * 2 + lane // 8 % 2) ^ (b_row & 7)) * 8
+        a_first = one_register(uint32(stage + a_row * TENSOR_K + a_chunk))
+        b_first = one_register(uint32(stage + b_row * TENSOR_K + b_chunk))
         for i in range(MMAS_T):
-            load_matrices(a, half * A_WORDS + i * 4, tiles,
-                          stage + (a_row + i * 16) * TENSOR_K + a_chunk)
+            load_matrices(a, half * A_WORDS + i * 4, tiles, a_first + i * 16 * TENSOR_K)
         for j in range(MMAS_N // 2):
-            load_matrices(b, half * B_WORDS + j * 4, tiles,
-                          stage + (b_row + j * 16) * TENSOR_K + b_chunk)
+            load_matrices(b, half * B_WORDS + j * 4, tiles, b_first + j * 16 * TENSOR_K)
 
     @cuda.jit(cache=True)
     def matmul_tensor_kernel(out, x, weight):
@@ -986,24 +994,23 @@ def ceil_div_int(a, b):
     return (a + b - 1) // b
 
 
-# (TILE_T, TILE_N, WARPS_T, WARPS_N) -> how many fit a multiprocessor, and the relative speed of a
-# chip full of them: larger tiles read less for each multiplication, smaller ones leave less of the
-# chip idle at the end
-TENSOR_TILES = {(16, 16, 1, 1): (1, 1.0)} if SIMULATOR else {
-    (128, 256, 2, 4): (1, 1.0), (128, 128, 2, 2): (2, 1.0), (128, 96, 2, 2): (2, 0.9),
-    (64, 128, 2, 2): (2, 0.85), (64, 64, 2, 2): (4, 0.6)}
+# (TILE_T, TILE_N, WARPS_T, WARPS_N) -> relative speed, and the length along K that filling and
+# emptying its pipeline costs: larger tiles read less for each multiplication, smaller ones leave
+# less of the chip idle, and where two fit a multiprocessor one works while the other fills
+TENSOR_TILES = {(16, 32, 1, 2): (1.0, 0)} if SIMULATOR else {
+    (128, 256, 2, 4): (1.03, 256), (128, 128, 2, 2): (1.0, 128), (128, 96, 2, 2): (0.88, 128),
+    (64, 128, 2, 2): (0.8, 128), (64, 64, 2, 2): (0.65, 64)}
 MATMUL_TENSOR = {(tile, gated): make_matmul_tensor(*tile, gated)
                  for tile in TENSOR_TILES for gated in (False, True)}
 
 
-def pick_tile(T, N, multiprocessors):
-    """The tile with the most work in the time that its waves of thread blocks take."""
-    def merit(tile):
-        at_once, speed = TENSOR_TILES[tile]
+def pick_tile(T, N, K, multiprocessors):
+    """The tile that is done first, if the busiest multiprocessor decides."""
+    def cost(tile):
+        speed, fill = TENSOR_TILES[tile]
         tiles = ceil_div(T, tile[0]) * ceil_div(N, tile[1])
-        waves = ceil_div(tiles, multiprocessors * at_once)
-        return speed / (waves * at_once * tile[0] * tile[1])
-    return max(TENSOR_TILES, key=merit)
+        return ceil_div(tiles, multiprocessors) * tile[0] * tile[1] * (K + fill) / speed
+    return min(TENSOR_TILES, key=cost)
 
 
 def matmul_tensor(out, x, weight, stream=0, gated=False, tile=None):
@@ -1011,8 +1018,8 @@ def matmul_tensor(out, x, weight, stream=0, gated=False, tile=None):
     assert out.shape == (T, N // 2 if gated else N) and weight.shape[1] == K, (out.shape, x.shape)
     assert K % 8 == 0 and N % (16 if gated else 8) == 0, f"K {K} and N {N} must be multiples of 8"
     assert max(T, N) * K < 1 << 32, f"{max(T, N)} rows of {K}: elements are counted in 32 bits"
-    tile = tile or pick_tile(T, N, 1 if SIMULATOR else cuda.get_current_device()
-                             .MULTIPROCESSOR_COUNT)
+    multiprocessors = 1 if SIMULATOR else cuda.get_current_device().MULTIPROCESSOR_COUNT
+    tile = tile or pick_tile(T, N, K, multiprocessors)
     TILE_T, TILE_N, WARPS_T, WARPS_N = tile
     shared = 2 * TENSOR_STAGES * (TILE_T + TILE_N) * TENSOR_K
     grid, threads = (ceil_div(T, TILE_T), ceil_div(N, TILE_N)), WARP * WARPS_T * WARPS_N
@@ -1328,6 +1335,9 @@ def rope_write_kv_unfused(qkv, k_cache, v_cache, cos, sin, positions, slots, str
     write_kv(k_cache, v_cache, qkv[:, H:H + G], qkv[:, H + G:], slots, stream)
 
 
+ROPE_HEADS = 1 if SIMULATOR else 8         # heads of a thread block
+
+
 @cuda.jit(cache=True)
 def rope_write_kv_kernel(qkv, k_cache, v_cache, cos, sin, positions, slots):
     """q and k rotated as in rope_kernel, and k and v written as in write_kv_kernel
@@ -1336,15 +1346,19 @@ def rope_write_kv_kernel(qkv, k_cache, v_cache, cos, sin, positions, slots):
     k_cache, v_cache (blocks, P, G, D) as qkv         T slots written
     cos, sin         (positions, D/2)  f32            one row read per token
     positions, slots (T,)              i32            read
-    launch grid (T, H+2G), thread block WARP; one thread block owns one head of one token
+    launch grid (T, ceil((H+2G) / ROPE_HEADS)), thread block (WARP, ROPE_HEADS); one row of threads
+           owns one head of one token
     moves  2*T*(H+2*G)*D*E + T*G*D*E bytes, does 3*T*(H+G)*D flops: bandwidth-bound
     twin   rope_write_kv_ref      paper  arXiv:2104.09864, arXiv:2309.06180
     """
     start_next_kernel()
     wait_for_inputs()
-    t, h, half = cuda.blockIdx.x, cuda.blockIdx.y, cos.shape[1]
+    t, half = cuda.blockIdx.x, cos.shape[1]
+    h = cuda.blockIdx.y * ROPE_HEADS + cuda.threadIdx.y
     P, G = k_cache.shape[1], k_cache.shape[2]
     H = qkv.shape[1] - 2 * G
+    if h >= H + 2 * G:
+        return
     block, offset = slots[t] // P, slots[t] % P
     for i in range(cuda.threadIdx.x, half, WARP):
         low, high = qkv[t, h, i], qkv[t, h, i + half]
@@ -1366,8 +1380,8 @@ def rope_write_kv(qkv, k_cache, v_cache, cos, sin, positions, slots, stream=0):
     assert k_cache.shape == v_cache.shape and k_cache.shape[3] == D and heads > 2 * G, (
         qkv.shape, k_cache.shape, v_cache.shape)
     assert cos.shape == sin.shape and 2 * cos.shape[1] == D, (qkv.shape, cos.shape, sin.shape)
-    rope_write_kv_kernel[(T, heads), WARP, stream](qkv, k_cache, v_cache, cos, sin, positions,
-                                                   slots)
+    grid, threads = (T, ceil_div(heads, ROPE_HEADS)), (WARP, ROPE_HEADS)
+    rope_write_kv_kernel[grid, threads, stream](qkv, k_cache, v_cache, cos, sin, positions, slots)
 
 
 # -----------------------------------------------------------------------------
@@ -2367,6 +2381,9 @@ def sample_tokens(sampled, state, seen, scores, chunk_max, chunk_argmax, rows, s
 # blocks. So a step whose batch has not changed needs nothing from the host.
 
 
+MAX_REQUESTS = 4096
+
+
 def begin_decode_ref(tokens, positions, slots, seq_lens, splits, inputs, state, block_tables,
                      block_size, split):
     """The flat arrays of a decode step, from the state that the last step left.
@@ -2402,9 +2419,12 @@ def begin_decode_kernel(tokens, positions, slots, seq_lens, splits, inputs, stat
     state        (rows, 2)        i32   read
     block_tables (rows, blocks)   i32   read, appended to where a block begins
     launch one thread block of THREADS; a thread owns every THREADS-th request
+    shared 4*MAX_REQUESTS bytes: the number of splits of each
     moves  36*B bytes, does 0 flops: latency-bound
+    needs  B <= MAX_REQUESTS   (asserted in the launcher)
     twin   begin_decode_ref
     """
+    counts = cuda.shared.array(MAX_REQUESTS, int32)
     start_next_kernel()
     wait_for_inputs()
     B, tid = tokens.shape[0], cuda.threadIdx.x
@@ -2416,14 +2436,15 @@ def begin_decode_kernel(tokens, positions, slots, seq_lens, splits, inputs, stat
             block_tables[row, i] = new_block
         tokens[b], positions[b], seq_lens[b] = state[row, 0], position, position + 1
         slots[b] = block_tables[row, i] * block_size + offset
-    cuda.syncthreads()                     # else a length is read before it is written
+        counts[b] = ceil_div_int(position + 1, split)
+    cuda.syncthreads()                     # else a count is read before it is written
     for b in range(tid, B + 1, THREADS):
         first = 0
         for other in range(b):
-            first += ceil_div_int(seq_lens[other], split)
+            first += counts[other]
         splits[b] = first
         if b < B:
-            for i in range(ceil_div_int(seq_lens[b], split)):
+            for i in range(counts[b]):
                 splits[B + 1 + first + i] = b
 
 
@@ -2431,6 +2452,7 @@ def begin_decode(tokens, positions, slots, seq_lens, splits, inputs, state, bloc
                  block_size, split, stream=0):
     B = len(tokens)
     assert len(positions) == len(slots) == len(seq_lens) == B and inputs.shape == (2, B), B
+    assert B <= MAX_REQUESTS, f"{B} requests, expected at most {MAX_REQUESTS}"
     begin_decode_kernel[1, THREADS, stream](tokens, positions, slots, seq_lens, splits, inputs,
                                             state, block_tables, np.int32(block_size),
                                             np.int32(split))

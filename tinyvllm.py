@@ -1096,7 +1096,7 @@ class Gpu:
         if len(self.pinned) <= REPLAYS_IN_FLIGHT:
             event = self.call(self.driver.cuEventCreate(
                 self.driver.CUevent_flags.CU_EVENT_DISABLE_TIMING))
-            self.pinned.appendleft((cuda.pinned_array(MAX_ROWS, np.int32), event))
+            self.pinned.appendleft((cuda.pinned_array(kernels.MAX_REQUESTS, np.int32), event))
         buffer, event = self.pinned[0]
         self.pinned.rotate(-1)
         self.call(self.driver.cuMemcpyDtoHAsync(buffer.ctypes.data, pointer(source), source.nbytes,
@@ -1275,7 +1275,6 @@ def pick_rung(rung: str, cfg: Config, dtype: str, device: str) -> str:
 # has sampled. So a request that has ended may be in one more step, whose token is dropped.
 
 DEFAULT_CACHE_BYTES = 4 << 30            # on the CPU, or half of what is free, if that is less
-MAX_ROWS = 4096                          # of max_num_seqs: what one sampling launch is meant for
 
 
 class Engine:
@@ -1319,8 +1318,9 @@ class Engine:
                        max_num_batched_tokens=max_num_batched_tokens, block_size=block_size,
                        kv_cache_memory_bytes=kv_cache_memory_bytes,
                        num_gpu_blocks_override=num_gpu_blocks_override)
-        if max_num_seqs > MAX_ROWS:
-            raise UserError(f"max_num_seqs is {max_num_seqs}, expected at most {MAX_ROWS}")
+        if max_num_seqs > kernels.MAX_REQUESTS:
+            raise UserError(f"max_num_seqs is {max_num_seqs}, expected at most "
+                            f"{kernels.MAX_REQUESTS}")
         if not is_number(gpu_memory_utilization) or not 0 < gpu_memory_utilization <= 1:
             raise UserError(f"gpu_memory_utilization is {gpu_memory_utilization!r}, expected a "
                             "number in (0, 1]")
