@@ -225,7 +225,7 @@ MODEL_SHAPES = [
 
 def formula_values(dims: dict) -> dict:
     """The names that the cards' formulas use; S is what a query sees on average."""
-    values = dict(dims, E=2, QUERIES=64)
+    values = dict(dims, E=2, J=dims.get("B", 0), QUERIES=64)
     if "contexts" in dims:
         tokens = sum(dims["queries"])
         pairs = sum(S * n - n * (n - 1) / 2 for S, n in zip(dims["contexts"], dims["queries"]))

@@ -1,9 +1,10 @@
 """Every operation of the engine, in the order of the course.
 
-Each operation is four things, adjacent and in this order: a NumPy twin (`*_ref`), a GPU kernel with
-its card, a launcher, and its row in `KERNELS` at the end. The twin is the documentation of what is
-computed, the oracle of the tests, and what `--device cpu` runs on; it computes in the dtype it is
-given, float32 through BLAS. Twin and launcher write their result into their first argument.
+Each operation is a NumPy twin (`*_ref`), then one or more GPU kernels, each with its card and its
+launcher, and their rows in `KERNELS` at the end. The twin is the documentation of what is computed,
+the oracle of the tests, and what `--device cpu` runs on; it computes in the dtype it is given,
+float32 through BLAS. Twin and launcher take the same arguments, what they write first; a card says
+`written` for each array that changes.
 
 Where an operation has several kernels they are a ladder: each rung is named by its idea, computes
 the same, and runs faster; the engine takes the last that the GPU and the shapes allow (`RUNGS`).
@@ -15,7 +16,8 @@ Elements are float32, float16, or bfloat16 stored as uint16; arithmetic and sums
 compiles a kernel for the types it is called with, so one source serves all three.
 
 To copy a kernel out, take it with the names that its source uses; its launcher accepts anything
-with `__cuda_array_interface__` (Numba, CuPy, PyTorch; view a bfloat16 tensor as uint16).
+with `__cuda_array_interface__` (Numba, CuPy, PyTorch; view a bfloat16 tensor as uint16). Those for
+tensor cores want C-contiguous arrays that begin at a multiple of 16 bytes.
 
 Dimension key (capitals are extents, lower case indexes them)
     T  tokens in this step, all requests packed, no padding      C  hidden size
@@ -23,7 +25,7 @@ Dimension key (capitals are extents, lower case indexes them)
     S  tokens of context one query can see                       V  vocabulary
     H  query heads        G  key/value heads; head h reads g = h // R, R = H // G
     D  head_dim           P  tokens per KV block (block_size)    N, K  rows and columns of a weight
-    E  bytes of an element, in the cards' formulas
+    E  bytes of an element, in the cards' formulas               J  splits of all contexts
 
 *Block* alone always means a block of the KV cache; a group of CUDA threads is a *thread block*.
 """
@@ -62,6 +64,12 @@ INF, NEG_INF, LOG2E = np.float32(np.inf), np.float32(-np.inf), np.float32(np.log
 
 def ceil_div(a, b):
     return -(-a // b)
+
+
+@cuda.jit(device=True)
+def ceil_div_int(a, b):
+    """ceil_div inside a kernel, for a >= 0."""
+    return (a + b - 1) // b
 
 
 # -----------------------------------------------------------------------------
@@ -259,12 +267,6 @@ def float_bits(x):
     return np.float32(x).view(np.uint32)
 
 
-@instruction("mov.b32 {0}, {1};", "=f", "r", keep=False)
-def bits_float(word):
-    """The float32 that a word's bits spell."""
-    return np.uint32(word).view(np.float32)
-
-
 @instruction("mov.b32 {0}, {1};", "=r", "r", keep=False)
 def one_register(word):
     """The same word, as a value that the compiler takes as it is: what is added to it afterwards
@@ -330,11 +332,6 @@ def copies_wait_all():
 @instruction("cp.async.wait_group 1;")
 def copies_wait_but_1():
     """Waits until at most the newest group of this thread is under way."""
-
-
-@instruction("cp.async.wait_group 2;")
-def copies_wait_but_2():
-    """Waits until at most the two newest groups of this thread are under way."""
 
 
 def matrices_of(given, transpose):
@@ -517,7 +514,7 @@ def embedding_kernel(out, tokens, table):
     start_next_kernel()
     wait_for_inputs()
     t = cuda.blockIdx.x
-    for c in range(cuda.threadIdx.x, out.shape[1], cuda.blockDim.x):
+    for c in range(cuda.threadIdx.x, out.shape[1], THREADS):
         out[t, c] = table[tokens[t], c]
 
 
@@ -545,7 +542,7 @@ def last_rows_kernel(out, ends, x):
     start_next_kernel()
     wait_for_inputs()
     b = cuda.blockIdx.x
-    for c in range(cuda.threadIdx.x, out.shape[1], cuda.blockDim.x):
+    for c in range(cuda.threadIdx.x, out.shape[1], THREADS):
         out[b, c] = x[ends[b] - 1, c]
 
 
@@ -572,7 +569,7 @@ def add_kernel(x, delta):
     start_next_kernel()
     wait_for_inputs()
     t = cuda.blockIdx.x
-    for c in range(cuda.threadIdx.x, x.shape[1], cuda.blockDim.x):
+    for c in range(cuda.threadIdx.x, x.shape[1], THREADS):
         x[t, c] = narrow(widen(x[t, c]) + widen(delta[t, c]), x)
 
 
@@ -615,7 +612,7 @@ def silu_mul_kernel(out, gate_up):
     start_next_kernel()
     wait_for_inputs()
     t, F = cuda.blockIdx.x, out.shape[1]
-    for f in range(cuda.threadIdx.x, F, cuda.blockDim.x):
+    for f in range(cuda.threadIdx.x, F, THREADS):
         out[t, f] = narrow(silu(widen(gate_up[t, f])) * widen(gate_up[t, F + f]), out)
 
 
@@ -719,8 +716,9 @@ def add_rmsnorm(out, x, delta, weight, eps, stream=0):
 # x @ W.T. Two ladders: for many tokens (prefill) each weight is used often and arithmetic decides,
 # for few (decode) every weight is read for a handful of multiplications and memory decides.
 #
-# Invariant: an output of one token is summed in the same order whatever stands beside it in the
-# batch, so its bits do not depend on the company. Tiles may differ, the order along K may not.
+# Invariant of each kernel: an output of one token is summed in the same order whatever stands
+# beside it, so its bits do not depend on the company. Tiles may differ, the order along K may not.
+# The two ladders do differ from each other in the last bits, and the twins leave the order to BLAS.
 
 GEMV_TOKENS = 4      # up to here, one matrix-vector product per token is faster: see matmul_ref
 
@@ -744,10 +742,11 @@ def matmul_silu_mul_ref(out, x, weight, scratch):
     silu_mul_ref(out, scratch)
 
 
-def matmul_shapes(out, x, weight):
+def matmul_shapes(out, x, weight, gated=False):
     """(T, N, K) of a matmul, whose operands must agree."""
     (T, K), N = x.shape, weight.shape[0]
-    assert out.shape == (T, N) and weight.shape == (N, K), (out.shape, x.shape, weight.shape)
+    shapes = f"out {out.shape}, x {x.shape}, weight {weight.shape}"
+    assert out.shape == (T, N // 2 if gated else N) and weight.shape == (N, K), shapes
     return T, N, K
 
 
@@ -775,14 +774,14 @@ def matmul_naive_kernel(out, x, weight):
     out    (T, N) f32 f16 bf16   written
     x      (T, K) f32 f16 bf16   every element read N times, mostly from the cache
     weight (N, K) as x           every element read T times
-    launch grid (ceil(N / THREADS), T), thread block THREADS; one thread owns one out[t,n]
+    launch grid (T, ceil(N / THREADS)), thread block THREADS; one thread owns one out[t,n]
     moves  E*(T*N + T*K + N*K) bytes, does 2*T*N*K flops: latency-bound, for neighbouring
            threads read neighbouring rows, so no two of their loads share a cache line
     twin   matmul_ref
     """
     start_next_kernel()
     wait_for_inputs()
-    t, n = cuda.blockIdx.y, cuda.grid(1)
+    t, n = cuda.blockIdx.x, cuda.blockIdx.y * THREADS + cuda.threadIdx.x
     if n < weight.shape[0]:
         acc = ZERO
         for k in range(weight.shape[1]):
@@ -791,8 +790,8 @@ def matmul_naive_kernel(out, x, weight):
 
 
 def matmul_naive(out, x, weight, stream=0):
-    T, N, K = matmul_shapes(out, x, weight)
-    matmul_naive_kernel[(ceil_div(N, THREADS), T), THREADS, stream](out, x, weight)
+    T, N, _ = matmul_shapes(out, x, weight)
+    matmul_naive_kernel[(T, ceil_div(N, THREADS)), THREADS, stream](out, x, weight)
 
 
 # ---- second rung: tiles in shared memory ----
@@ -808,9 +807,9 @@ def matmul_tiled_kernel(out, x, weight):
     out    (T, N) f32 f16 bf16   written
     x      (T, K) f32 f16 bf16   every element read N / TILE times
     weight (N, K) as x           every element read T / TILE times
-    launch grid (ceil(N / TILE), ceil(T / TILE)), thread block (TILE, TILE); one thread block owns a
+    launch grid (ceil(T / TILE), ceil(N / TILE)), thread block (TILE, TILE); one thread block owns a
            tile of out, one thread an element of it
-    shared 8*TILE*TILE bytes: a tile of x and one of weight
+    shared 8*TILE*TILE_PITCH bytes: a tile of x and one of weight
     moves  E*(T*N + T*K + N*K) bytes, does 2*T*N*K flops: bound by reads of shared memory
     twin   matmul_ref
     """
@@ -819,8 +818,8 @@ def matmul_tiled_kernel(out, x, weight):
     start_next_kernel()
     wait_for_inputs()
     i, j = cuda.threadIdx.y, cuda.threadIdx.x
-    t, n = cuda.blockIdx.y * TILE + i, cuda.blockIdx.x * TILE + j
-    row = cuda.blockIdx.x * TILE + i       # of weight: neighbouring threads load neighbouring k
+    t, n = cuda.blockIdx.x * TILE + i, cuda.blockIdx.y * TILE + j
+    row = cuda.blockIdx.y * TILE + i       # of weight: neighbouring threads load neighbouring k
     (T, K), N = x.shape, weight.shape[0]
     acc = ZERO
     for k0 in range(0, K, TILE):
@@ -835,8 +834,8 @@ def matmul_tiled_kernel(out, x, weight):
 
 
 def matmul_tiled(out, x, weight, stream=0):
-    T, N, K = matmul_shapes(out, x, weight)
-    grid = (ceil_div(N, TILE), ceil_div(T, TILE))
+    T, N, _ = matmul_shapes(out, x, weight)
+    grid = (ceil_div(T, TILE), ceil_div(N, TILE))
     matmul_tiled_kernel[grid, (TILE, TILE), stream](out, x, weight)
 
 
@@ -907,6 +906,7 @@ def make_matmul_tensor(TILE_T, TILE_N, WARPS_T, WARPS_N, GATED):
         b_chunk = ((step * 2 + lane // 8 % 2) ^ (b_row & 7)) * 8
         a_first = one_register(uint32(stage + a_row * TENSOR_K + a_chunk))
         b_first = one_register(uint32(stage + b_row * TENSOR_K + b_chunk))
+        # four matrices are one fragment of A (16, 16), or two of B (8, 16): hence half as many
         for i in range(MMAS_T):
             load_matrices(a, half * A_WORDS + i * 4, tiles, a_first + i * 16 * TENSOR_K)
         for j in range(MMAS_N // 2):
@@ -923,7 +923,7 @@ def make_matmul_tensor(TILE_T, TILE_N, WARPS_T, WARPS_N, GATED):
                one warp owns (WARP_T, WARP_N) of out, in registers
         shared 2*TENSOR_STAGES*(TILE_T + TILE_N)*TENSOR_K bytes: tiles of x and weight
         moves  E*(T*N + T*K + N*K) bytes, does 2*T*N*K flops: compute-bound
-        needs  K % 8 == 0, N % 8 == 0   (asserted in the launcher), sm_80
+        needs  K % 8 == 0, N % 8 == 0 (16 where gated), max(T, N) * K < 2**32 (asserted), sm_80
         twin   matmul_ref, matmul_silu_mul_ref
         """
         tiles = cuda.shared.array(0, uint16)
@@ -934,6 +934,7 @@ def make_matmul_tensor(TILE_T, TILE_N, WARPS_T, WARPS_N, GATED):
         for i in range(ACCUMULATORS):
             acc[i] = ZERO
         lane, warp = cuda.threadIdx.x % WARP, cuda.threadIdx.x // WARP
+        # neighbouring thread blocks differ in t: they share a tile of weight, through the L2
         first_t, first_n = cuda.blockIdx.x * TILE_T, cuda.blockIdx.y * TILE_N
         warp_t, warp_n = warp // WARPS_N * WARP_T, warp % WARPS_N * WARP_N
         # the rows whose addresses this lane gives to ldmatrix
@@ -943,6 +944,7 @@ def make_matmul_tensor(TILE_T, TILE_N, WARPS_T, WARPS_N, GATED):
         start_next_kernel()
         wait_for_inputs()
 
+        # they take turns: one is multiplied, the next lands, the third is filled
         stage, next_stage, free_stage = 0, STAGE, 2 * STAGE
         for tile in range(TENSOR_STAGES - 1):
             for part in range(STEPS):
@@ -989,11 +991,6 @@ def make_matmul_tensor(TILE_T, TILE_N, WARPS_T, WARPS_N, GATED):
     return matmul_tensor_kernel
 
 
-@cuda.jit(device=True)
-def ceil_div_int(a, b):
-    return (a + b - 1) // b
-
-
 # (TILE_T, TILE_N, WARPS_T, WARPS_N) -> relative speed, and the length along K that filling and
 # emptying its pipeline costs: larger tiles read less for each multiplication, smaller ones leave
 # less of the chip idle, and where two fit a multiprocessor one works while the other fills
@@ -1004,26 +1001,33 @@ MATMUL_TENSOR = {(tile, gated): make_matmul_tensor(*tile, gated)
                  for tile in TENSOR_TILES for gated in (False, True)}
 
 
-def pick_tile(T, N, K, multiprocessors):
-    """The tile that is done first, if the busiest multiprocessor decides."""
+def tensor_shared(tile):
+    """Bytes of shared memory of a thread block."""
+    return 2 * TENSOR_STAGES * (tile[0] + tile[1]) * TENSOR_K
+
+
+def pick_tile(T, N, K, multiprocessors, shared):
+    """Of the tiles that fit into shared memory the one that is done first, if the busiest
+    multiprocessor decides."""
     def cost(tile):
         speed, fill = TENSOR_TILES[tile]
         tiles = ceil_div(T, tile[0]) * ceil_div(N, tile[1])
         return ceil_div(tiles, multiprocessors) * tile[0] * tile[1] * (K + fill) / speed
-    return min(TENSOR_TILES, key=cost)
+    return min((tile for tile in TENSOR_TILES if tensor_shared(tile) <= shared), key=cost)
 
 
-def matmul_tensor(out, x, weight, stream=0, gated=False, tile=None):
-    (T, K), N = x.shape, weight.shape[0]
-    assert out.shape == (T, N // 2 if gated else N) and weight.shape[1] == K, (out.shape, x.shape)
-    assert K % 8 == 0 and N % (16 if gated else 8) == 0, f"K {K} and N {N} must be multiples of 8"
+def matmul_tensor(out, x, weight, stream=0, gated=False):
+    T, N, K = matmul_shapes(out, x, weight, gated)
+    unit = 16 if gated else 8
+    assert K % 8 == 0 and N % unit == 0, f"K {K} must be a multiple of 8, N {N} of {unit}"
     assert max(T, N) * K < 1 << 32, f"{max(T, N)} rows of {K}: elements are counted in 32 bits"
-    multiprocessors = 1 if SIMULATOR else cuda.get_current_device().MULTIPROCESSOR_COUNT
-    tile = tile or pick_tile(T, N, K, multiprocessors)
+    tile = min(TENSOR_TILES)
+    if not SIMULATOR:
+        gpu = cuda.get_current_device()
+        tile = pick_tile(T, N, K, gpu.MULTIPROCESSOR_COUNT, gpu.MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)
     TILE_T, TILE_N, WARPS_T, WARPS_N = tile
-    shared = 2 * TENSOR_STAGES * (TILE_T + TILE_N) * TENSOR_K
     grid, threads = (ceil_div(T, TILE_T), ceil_div(N, TILE_N)), WARP * WARPS_T * WARPS_N
-    launch(MATMUL_TENSOR[tile, gated], grid, threads, stream, shared, out, x, weight)
+    launch(MATMUL_TENSOR[tile, gated], grid, threads, stream, tensor_shared(tile), out, x, weight)
 
 
 def matmul_silu_mul_tensor(out, x, weight, scratch, stream=0):
@@ -1041,7 +1045,7 @@ def matmul_warp_kernel(out, x, weight):
     out    (T, N) f32 f16 bf16   written
     x      (T, K) f32 f16 bf16   every element read N times, from the cache
     weight (N, K) as x           every element read T times
-    launch grid (ceil(N / warps), T), thread block THREADS; one warp owns one out[t,n], its lanes
+    launch grid (T, ceil(N / warps)), thread block THREADS; one warp owns one out[t,n], its lanes
            read neighbouring elements of the row
     moves  E*(T*N + T*K + N*K) bytes, does 2*T*N*K flops: bandwidth-bound, once for each token
     twin   matmul_ref
@@ -1049,7 +1053,7 @@ def matmul_warp_kernel(out, x, weight):
     start_next_kernel()
     wait_for_inputs()
     lane, warp = cuda.threadIdx.x % WARP, cuda.threadIdx.x // WARP
-    t, n = cuda.blockIdx.y, cuda.blockIdx.x * (cuda.blockDim.x // WARP) + warp
+    t, n = cuda.blockIdx.x, cuda.blockIdx.y * (THREADS // WARP) + warp
     if n < weight.shape[0]:
         acc = ZERO
         for k in range(lane, weight.shape[1], WARP):
@@ -1060,8 +1064,8 @@ def matmul_warp_kernel(out, x, weight):
 
 
 def matmul_warp(out, x, weight, stream=0):
-    T, N, K = matmul_shapes(out, x, weight)
-    matmul_warp_kernel[(ceil_div(N, THREADS // WARP), T), THREADS, stream](out, x, weight)
+    T, N, _ = matmul_shapes(out, x, weight)
+    matmul_warp_kernel[(T, ceil_div(N, THREADS // WARP)), THREADS, stream](out, x, weight)
 
 
 # ---- decode, second rung: weights streamed once through the tensor cores ----
@@ -1070,9 +1074,14 @@ def matmul_warp(out, x, weight, stream=0):
 # bytes of a row straight into the registers of two fragments: which k stands where in a fragment
 # does not matter, as long as it is the same for both operands. No shared memory, no repacking.
 
-STREAM_WARPS = 1 if SIMULATOR else 8       # share the K of a thread block's rows
+STREAM_WARPS = 2 if SIMULATOR else 8       # share the K of a thread block's rows
 STREAM_LOADS = 8                           # chunks of 32 along K, loaded before the first is used
 STREAM_TOKENS = 64                         # tokens of one pass over the weights
+
+
+# floats from one token's partial sums to the next's: 4 more than there are, which keeps the lanes
+# out of each other's banks
+STREAM_PITCH = 16 + 4
 
 
 def make_matmul_streamed(MMAS_T, GATED):
@@ -1080,10 +1089,7 @@ def make_matmul_streamed(MMAS_T, GATED):
     LOADS = STREAM_LOADS if MMAS_T < 8 else STREAM_LOADS // 2          # registers are finite
     WORDS = LOADS * 8
     ACCUMULATORS = MMAS_T * 4
-    # floats from one token's partial sums to the next's: 4 more than there are, which keeps the
-    # lanes out of each other's banks
-    PITCH = 16 + 4
-    PARTIAL = MMAS_T * 8 * PITCH
+    PARTIAL = MMAS_T * 8 * STREAM_PITCH
 
     @cuda.jit(device=True)
     def load_weights(words, weight, upper, lower, k, end):
@@ -1101,11 +1107,11 @@ def make_matmul_streamed(MMAS_T, GATED):
         out    (T, N) f32 f16 bf16   written; (T, N/2) where gated
         x      (T, K) f16 bf16       read from the cache by each thread block
         weight (N, K) as x           every element read once for 64 tokens
-        launch grid (N / 16, ceil(T / 64)), thread block of STREAM_WARPS warps; a thread block owns
-               16 rows of weight, a warp a share of their K
-        shared 80*STREAM_WARPS*tokens bytes: a partial sum of every warp for every output
+        launch grid (ceil(N / 16), ceil(T / 64)), thread block of STREAM_WARPS warps; a thread block
+               owns 16 rows of weight, a warp a share of their K
+        shared 32*STREAM_WARPS*MMAS_T*STREAM_PITCH bytes: a partial sum of every warp and output
         moves  E*(T*N + T*K + N*K) bytes, does 2*T*N*K flops: bandwidth-bound
-        needs  K % 8 == 0   (asserted in the launcher), sm_80
+        needs  K % 8 == 0, N % 2 == 0 where gated   (asserted in the launcher), sm_80
         twin   matmul_ref, matmul_silu_mul_ref
         """
         partial = cuda.shared.array(0, float32)
@@ -1131,7 +1137,7 @@ def make_matmul_streamed(MMAS_T, GATED):
         load_weights(words, weight, upper, lower, k, end)
         wait_for_inputs()                  # the weights are on their way; x may not be written yet
 
-        while k < end or k - lane % 4 * 8 < end:       # whole warps: mma takes all lanes
+        while k - lane % 4 * 8 < end:      # the same for all lanes: mma takes whole warps
             for i in range(LOADS):
                 at = k + i * 32
                 for j in range(MMAS_T):
@@ -1153,16 +1159,16 @@ def make_matmul_streamed(MMAS_T, GATED):
         for j in range(MMAS_T):
             for i in range(4):
                 t, row = j * 8 + lane % 4 * 2 + i % 2, lane // 4 + i // 2 * 8
-                partial[warp * PARTIAL + t * PITCH + row] = acc[j * 4 + i]
+                partial[warp * PARTIAL + t * STREAM_PITCH + row] = acc[j * 4 + i]
         cuda.syncthreads()                 # else a thread adds a partial sum that is not written
         rows = 8 if GATED else 16
         for i in range(tid, MMAS_T * 8 * rows, WARP * STREAM_WARPS):
             t, row = i // rows, i % rows
             total, up = ZERO, ZERO
             for w in range(STREAM_WARPS):
-                total += partial[w * PARTIAL + t * PITCH + row]
+                total += partial[w * PARTIAL + t * STREAM_PITCH + row]
                 if GATED:
-                    up += partial[w * PARTIAL + t * PITCH + row + 8]
+                    up += partial[w * PARTIAL + t * STREAM_PITCH + row + 8]
             if GATED:
                 total = silu(total) * up
             n = cuda.blockIdx.x * rows + row
@@ -1176,12 +1182,12 @@ MATMUL_STREAMED = {(mmas, gated): make_matmul_streamed(mmas, gated)
 
 
 def matmul_streamed(out, x, weight, stream=0, gated=False):
-    (T, K), N = x.shape, weight.shape[0]
-    assert out.shape == (T, N // 2 if gated else N) and weight.shape[1] == K, (out.shape, x.shape)
+    T, N, K = matmul_shapes(out, x, weight, gated)
     assert K % 8 == 0, f"K {K} must be a multiple of 8"
+    assert N % 2 == 0 or not gated, f"N {N} has no two halves"
     mmas = min(mmas for mmas in (1, 2, 4, 8) if mmas * 8 >= min(T, STREAM_TOKENS))
     grid = (ceil_div(N, 16), ceil_div(T, STREAM_TOKENS))
-    shared = 4 * STREAM_WARPS * mmas * 8 * 20
+    shared = 4 * STREAM_WARPS * mmas * 8 * STREAM_PITCH
     launch(MATMUL_STREAMED[mmas, gated], grid, WARP * STREAM_WARPS, stream, shared, out, x, weight)
 
 
@@ -1276,6 +1282,7 @@ def rope_kernel(qk, cos, sin, positions):
 def rope(qk, cos, sin, positions, stream=0):
     T, heads, D = qk.shape
     assert cos.shape == sin.shape and 2 * cos.shape[1] == D, (qk.shape, cos.shape, sin.shape)
+    assert positions.shape == (T,), (qk.shape, positions.shape)
     rope_kernel[(T, heads), WARP, stream](qk, cos, sin, positions)
 
 
@@ -1314,6 +1321,7 @@ def write_kv_kernel(k_cache, v_cache, k, v, slots):
 def write_kv(k_cache, v_cache, k, v, slots, stream=0):
     T, G, D = k.shape
     assert v.shape == k.shape and k_cache.shape[2:] == (G, D), (k.shape, v.shape, k_cache.shape)
+    assert k_cache.shape == v_cache.shape and slots.shape == (T,), (v_cache.shape, slots.shape)
     write_kv_kernel[(T, G), WARP, stream](k_cache, v_cache, k, v, slots)
 
 
@@ -1380,6 +1388,7 @@ def rope_write_kv(qkv, k_cache, v_cache, cos, sin, positions, slots, stream=0):
     assert k_cache.shape == v_cache.shape and k_cache.shape[3] == D and heads > 2 * G, (
         qkv.shape, k_cache.shape, v_cache.shape)
     assert cos.shape == sin.shape and 2 * cos.shape[1] == D, (qkv.shape, cos.shape, sin.shape)
+    assert positions.shape == slots.shape == (T,), (qkv.shape, positions.shape, slots.shape)
     grid, threads = (T, ceil_div(heads, ROPE_HEADS)), (WARP, ROPE_HEADS)
     rope_write_kv_kernel[grid, threads, stream](qkv, k_cache, v_cache, cos, sin, positions, slots)
 
@@ -1387,8 +1396,8 @@ def rope_write_kv(qkv, k_cache, v_cache, cos, sin, positions, slots, stream=0):
 # -----------------------------------------------------------------------------
 # 7. Attention over the paged cache                       (lessons 10 and 12)
 #
-# Invariant: a query meets its keys in tiles that begin at multiples of a constant, from position 0
-# on, so neither chunks of a prompt nor other requests change the order of its sums.
+# Invariant of each kernel: a query meets its keys in tiles that begin at multiples of a constant,
+# from position 0 on, so neither chunks of a prompt nor other requests change the order of its sums.
 
 QUERY_ROWS = 256     # queries whose scores the twin holds at once: bounds memory at (H, 256, S)
 
@@ -1588,11 +1597,17 @@ def attention_online(out, qkv, k_cache, v_cache, block_tables, rows, query_start
 ATTENTION_WARPS = 1 if SIMULATOR else 4    # of 16 queries each
 
 
+def attention_tile(D):
+    """(queries, keys) of a tile."""
+    return 16 * ATTENTION_WARPS, 64 if D <= 128 else 32
+
+
 def make_attention_tiled(D):
     """The kernel for one head_dim, a multiple of 16 up to 256."""
-    QUERIES, KEYS = 16 * ATTENTION_WARPS, 64 if D <= 128 else 32
-    PITCH = D + 8                          # of a row in shared memory, 16 bytes more than it has:
-                                           # so ldmatrix meets no bank twice
+    QUERIES, KEYS = attention_tile(D)
+    # elements from row to row in shared memory: 16 bytes more than a row has, so ldmatrix meets no
+    # bank twice
+    PITCH = D + 8
     CHUNKS = KEYS * D // 8                 # of 16 bytes, in a tile of keys
     NUM_THREADS = WARP * ATTENTION_WARPS
     STEPS, KEY_MMAS, OUT_MMAS = D // 16, KEYS // 8, D // 8
@@ -1630,6 +1645,8 @@ def make_attention_tiled(D):
         needs  D % 16 == 0, D <= 256   (asserted in the launcher), sm_80
         twin   paged_attention_ref      paper  arXiv:2205.14135, arXiv:2307.08691
         """
+        # fragments: q (STEPS, 4) words, x (KEY_MMAS, 4), acc (OUT_MMAS, 4); of the 4, half * 2 + i
+        # is row l//4 + 8 * half and column 2*(l%4) + i
         tiles = cuda.shared.array(0, uint16)
         q = cuda.local.array(Q_WORDS, uint32)
         x = cuda.local.array(SCORES, float32)
@@ -1749,7 +1766,7 @@ def attention_tiled(out, qkv, k_cache, v_cache, block_tables, rows, query_starts
     assert D % 16 == 0 and D <= 256, f"head_dim is {D}, expected a multiple of 16 up to 256"
     if D not in ATTENTION_TILED:
         ATTENTION_TILED[D] = make_attention_tiled(D)
-    queries, keys = 16 * ATTENTION_WARPS, 64 if D <= 128 else 32
+    queries, keys = attention_tile(D)
     # tiles do not span requests: at most one for each request is not full
     grid = (min(T, T // queries + len(seq_lens)), H)
     launch(ATTENTION_TILED[D], grid, WARP * ATTENTION_WARPS, stream, 8 * keys * (D + 8), out, qkv,
@@ -1758,9 +1775,10 @@ def attention_tiled(out, qkv, k_cache, v_cache, block_tables, rows, query_starts
 
 # ---- decode: a warp walks tiles of 16 keys for R query heads at once ----
 
-DECODE_WARPS = 1 if SIMULATOR else 8
+DECODE_WARPS = 2 if SIMULATOR else 8
 SPLIT = 256                                # tokens of context that one thread block takes
 WHOLE = 1 << 30                            # a split that no context exceeds
+DECODE_THREAD_BLOCKS = 512                 # several for each multiprocessor of a large GPU
 
 
 def count_splits(seq_lens, split):
@@ -1796,18 +1814,17 @@ def make_paged_decode(D):
                             split):
         """partial softmax sums of R query heads over one split of one context
 
-        partial          (splits, H, D+2)  f32        written: sum of exp(x - m) v, then m and l
+        partial          (J, H, D+2)       f32        written: sum of exp(x - m) v, then m and l
         qkv              (B, H+2G, D)      f16 bf16   q read
         k_cache, v_cache (blocks, P, G, D) as qkv     read once
         block_tables     (rows, blocks)    i32        read
         rows, seq_lens   (B,)              i32        read
-        splits           (B+1+splits,)     i32        first split of each request, then the request
-                                                      of each split
+        splits           (B+1+J,)          i32        read: see begin_decode_ref
         launch grid (any number, G), thread block of DECODE_WARPS warps; a thread block takes every
                gridDim.x-th split, a warp every DECODE_WARPS-th tile of 16 keys in it
         shared 4*DECODE_WARPS*R*(D+2) bytes: the sums of each warp
         moves  2*B*S*G*D*E bytes, does 4*B*H*S*D flops: bandwidth-bound
-        needs  D % 64 == 0, D <= 256, R <= 16   (asserted in the launcher), sm_80
+        needs  D % 64 == 0, D <= 256, R <= 16, one query each   (asserted in the launcher), sm_80
         twin   paged_attention_ref      paper  arXiv:2309.06180, Flash-Decoding
         """
         sums = cuda.shared.array(0, float32)
@@ -1870,8 +1887,9 @@ def make_paged_decode(D):
                         l[half] += x[at]
                 for i in range(4):
                     p[i] = pack(x[i * 2], x[i * 2 + 1], qkv)
-                # values of two neighbouring keys become the pairs of a B fragment; column l//4 of
-                # the mma for word w and its half is channel 8*(l//4) + 2w + half
+                # mma wants pairs (v[key, d], v[key + 1, d]), memory holds (v[key, d], v[key, d + 1])
+                # in a word: half 0 joins the lower halves of both keys' words, half 1 the upper
+                # ones. Column l//4 of the mma for word w is then channel 8*(l//4) + 2w + half
                 for n in range(VECTORS):
                     for w in range(4):
                         for half in range(2):
@@ -1894,7 +1912,7 @@ def make_paged_decode(D):
                 if r < R:
                     at = (warp * R + r) * (D + 2)
                     for n in range(OUTS // 4):
-                        for i in range(2):
+                        for i in range(2):             # channels back in their order
                             channel = n // 8 * 64 + (lane % 4 * 2 + i) * 8 + n % 8
                             sums[at + channel] = acc[n * 4 + half * 2 + i]
                     sums[at + D], sums[at + D + 1] = m[half] * scale, total
@@ -1925,10 +1943,10 @@ def merge_splits_kernel(out, partial, splits):
     """out[b,h] = sum over b's splits of exp(m_i - m) o_i, over the same sum of l_i
 
     out     (B, H, D)         f32 f16 bf16   written
-    partial (splits, H, D+2)  f32            read
-    splits  (B+1+splits,)     i32            first split of each request
+    partial (J, H, D+2)       f32            read
+    splits  (B+1+J,)          i32            first split of each request
     launch grid (B, H), thread block 2 * WARP; one thread owns channels
-    moves  B*H*D*E + 4*N*H*(D+2) bytes, does 4*N*H*D flops: latency-bound, N splits in all
+    moves  B*H*D*E + 4*J*H*(D+2) bytes, does 4*J*H*D flops: latency-bound
     twin   paged_attention_ref      paper  Flash-Decoding
     """
     start_next_kernel()
@@ -1950,13 +1968,14 @@ def paged_decode(out, qkv, k_cache, v_cache, block_tables, rows, query_starts, s
                  partial, stream=0, split=WHOLE):
     """One thread block for each request and KV head; `splits` must be of the same `split`."""
     B, H, G, D = attention_shapes(out, qkv, k_cache, v_cache)
+    assert len(seq_lens) == len(rows) == B, f"{B} queries of {len(seq_lens)} requests: one each"
     assert D % 64 == 0 and D <= 256, f"head_dim is {D}, expected a multiple of 64 up to 256"
     assert H // G <= 16, f"{H // G} query heads share a KV head, expected at most 16"
     assert partial.shape[1:] == (H, D + 2), (partial.shape, out.shape)
     if D not in PAGED_DECODE:
         PAGED_DECODE[D] = make_paged_decode(D)
-    # enough thread blocks to fill any GPU twice; they share the splits among themselves
-    grid = (min(len(partial), max(B, ceil_div(512, G))), G)
+    # they share the splits among themselves
+    grid = (min(len(partial), max(B, ceil_div(DECODE_THREAD_BLOCKS, G))), G)
     shared = 4 * DECODE_WARPS * (H // G) * (D + 2)
     launch(PAGED_DECODE[D], grid, WARP * DECODE_WARPS, stream, shared, partial, qkv, k_cache,
            v_cache, block_tables, rows, seq_lens, splits, np.int32(split))
@@ -2066,7 +2085,7 @@ NUM_SETTINGS = 8
 IN_PROMPT = 1 << 30                        # bit of `seen` beside the count of the output
 MAX_CHUNKS = 2 if SIMULATOR else 32        # thread blocks that share a row of logits
 SAMPLE_THREADS = WARP if SIMULATOR else 1024
-BINS, LAST_BIN, EIGHT = 256, np.float32(255), np.float32(8)
+BINS, LAST_BIN, BINS_PER_UNIT = 256, np.float32(255), np.float32(8)
 FLAT, PEAKED = ZERO, ONE                   # exponents of the weights in `lowest_kept`
 WEIGHT_ONE = np.float32(2.0 ** 32)         # weights are integers: their sum has no order
 
@@ -2079,7 +2098,9 @@ def larger(value, index, other_value, other_index):
 
 @cuda.jit(device=True)
 def block_argmax(value, index):
-    """The largest value of a thread block and its index, the lowest one of several."""
+    """The largest value of a thread block and its index, the lowest one of several.
+
+    The number of threads is a power of two, SAMPLE_THREADS at most."""
     values = cuda.shared.array(SAMPLE_THREADS, float32)
     indices = cuda.shared.array(SAMPLE_THREADS, int32)
     tid, stride = cuda.threadIdx.x, cuda.blockDim.x // 2
@@ -2090,7 +2111,7 @@ def block_argmax(value, index):
                                    indices[tid + stride]):
             values[tid], indices[tid] = values[tid + stride], indices[tid + stride]
         stride //= 2
-    cuda.syncthreads()
+    cuda.syncthreads()                     # else a thread reads the result before the last halving
     best = values[0], indices[0]
     cuda.syncthreads()                     # else the next call overwrites what a slow thread reads
     return best
@@ -2135,7 +2156,8 @@ def edit_logits_kernel(scores, chunk_max, chunk_argmax, logits, rows, settings, 
     rows         (B,)        i32   read
     settings, bias, seen     f32, f32, i32   rows of them read
     launch grid (chunks, B), thread block THREADS; a thread block owns a chunk of a row
-    moves  4*B*V bytes, does B*V flops: bandwidth-bound
+    shared 8*SAMPLE_THREADS bytes: the argmax
+    moves  4*B*V bytes, does B*V flops: bandwidth-bound; twice that to sample, four times to edit
     twin   edit_logits_ref
     """
     start_next_kernel()
@@ -2197,8 +2219,8 @@ def weight_of(x, m, exponent):
 
 @cuda.jit(device=True)
 def coarse_bin(x, m):
-    """Bins of an eighth from the maximum down; the last one takes the rest."""
-    return BINS - 1 - int32(min((m - x) * EIGHT, LAST_BIN))
+    """The bin of a logit, by its distance from the maximum; the lowest bin takes the rest."""
+    return BINS - 1 - int32(min((m - x) * BINS_PER_UNIT, LAST_BIN))
 
 
 @cuda.jit(device=True)
@@ -2215,20 +2237,23 @@ def lowest_kept(scores, b, floor, m, exponent, target, share):
     found = cuda.shared.array(4, uint64)               # key, weight above it, target, coarse bin
     tid, V, SIZE = cuda.threadIdx.x, scores.shape[1], BINS // WARP
     if tid == 0:
-        found[0], found[1], found[2], found[3] = uint64(0), uint64(0), target, uint64(0)
+        # at least one unit of weight: nobody may be left without a token
+        found[0], found[1], found[3] = uint64(0), uint64(0), uint64(0)
+        found[2] = max(target, uint64(1))
     for round_ in range(5):
         for i in range(tid, BINS, cuda.blockDim.x):
             bins[i] = uint64(0)
         cuda.syncthreads()                 # else a weight is added to a bin not yet cleared
         settled, coarse = uint32(found[0]), int32(found[3])
-        shift = uint32(32 - 8 * round_)    # of this round's byte; round 0 has none
+        shift = uint32(32 - 8 * round_)    # of the byte that rounds 1 to 4 settle
         for v in range(tid, V, cuda.blockDim.x):
             x = scores[b, v]
             key = sortable(x)
             if key >= floor:
                 i = coarse_bin(x, m)
                 if round_ > 0:
-                    # agrees: the same coarse bin, and above this byte the bits found so far
+                    # agrees: the same coarse bin, and above this byte the bits found so far.
+                    # subtle: two shifts, for together they are 32 in round 1
                     agrees = i == coarse and uint32(key ^ settled) >> shift >> uint32(8) == 0
                     i = int32((key >> shift) & uint32(0xFF)) if agrees else -1
                 if i >= 0:
@@ -2318,12 +2343,12 @@ def sample_tokens_kernel(sampled, state, seen, scores, chunk_max, chunk_argmax, 
 
     sampled      (B,)        i32   written; -1 where no logit is finite
     state, seen  (rows, 2), (rows, V) i32   newest token, context length and count are written
-    scores       (B, V)      f32   read where a request samples, ten times with top-k and top-p
+    scores       (B, V)      f32   read once for a draw, eleven times with top-k and top-p
     chunk_max, chunk_argmax (B, chunks) f32, i32   read
     rows, seq_lens (B,)      i32   read
     settings, seeds (rows, 8) f32, (rows, 2) u32   read
     launch grid B, thread block SAMPLE_THREADS; a thread block owns a request
-    shared 8*SAMPLE_THREADS + 8*BINS bytes: argmax and histogram
+    shared 8*SAMPLE_THREADS + 8*(BINS + WARP + 4) bytes: argmax, histogram and its state
     moves  4*B*V bytes, does 40*B*V flops: latency-bound
     twin   sample_tokens_ref
     """
@@ -2402,6 +2427,7 @@ def begin_decode_ref(tokens, positions, slots, seq_lens, splits, inputs, state, 
         positions[b], seq_lens[b] = position, position + 1
         slots[b] = block * block_size + position % block_size
         count = ceil_div(position + 1, split)
+        assert B + 1 + first + count <= len(splits), f"room for {len(splits) - B - 1} splits"
         splits[b] = first
         splits[B + 1 + first:B + 1 + first + count] = b
         first += count
@@ -2414,14 +2440,14 @@ def begin_decode_kernel(tokens, positions, slots, seq_lens, splits, inputs, stat
     """positions[b] = state[row,1], slots[b] = block_tables[row, position // P] * P + position % P
 
     tokens, positions, slots, seq_lens (B,)  i32   written
-    splits       (B+1+splits,)    i32   written
+    splits       (B+1+J,)         i32   written
     inputs       (2, B)           i32   read
     state        (rows, 2)        i32   read
     block_tables (rows, blocks)   i32   read, appended to where a block begins
     launch one thread block of THREADS; a thread owns every THREADS-th request
     shared 4*MAX_REQUESTS bytes: the number of splits of each
-    moves  36*B bytes, does 0 flops: latency-bound
-    needs  B <= MAX_REQUESTS   (asserted in the launcher)
+    moves  40*B + 4*J bytes, does 0 flops: latency-bound
+    needs  B <= MAX_REQUESTS (asserted in the launcher), room for all J splits
     twin   begin_decode_ref
     """
     counts = cuda.shared.array(MAX_REQUESTS, int32)
@@ -2729,7 +2755,7 @@ KERNELS = (
                (dict(B=1, V=1), dict(B=5, V=131)), "4*B*V", "40*B*V", same_seed_for_all,
                types=("float32",)),
     kernel_row("begin_decode", begin_decode_ref, begin_decode, begin_decode_example,
-               (dict(B=1, P=1), dict(B=40, P=4)), "36*B", "0", forgets_new_blocks,
+               (dict(B=1, P=1), dict(B=40, P=4)), "40*B + 4*J", "0", forgets_new_blocks,
                types=("float32",)),
 )
 
@@ -2751,7 +2777,7 @@ ON_DEVICE = dict(
     embedding=embedding, last_rows=last_rows, rmsnorm=rmsnorm, add_rmsnorm=add_rmsnorm, add=add,
     begin_decode=begin_decode, edit_logits=edit_logits, sample_tokens=sample_tokens)
 
-# slowest first; each gives the tokens of the others
+# slowest first; each computes the same, up to rounding
 RUNGS = {
     "naive": operations(
         **ON_DEVICE, rope_write_kv=rope_write_kv_unfused,
@@ -2779,6 +2805,8 @@ def fits_tensor_cores(H, G, D, C, F):
             return f"{name} {value} is no multiple of 8"
     if D % 64 or D > 256:
         return f"head_dim {D} is no multiple of 64 up to 256"
+    if 4 * DECODE_WARPS * (H // G) * (D + 2) > 99 << 10:
+        return f"{H // G} query heads of {D} share a KV head: more than shared memory holds"
     if H // G > 16:
         return f"{H // G} query heads share a KV head, more than 16"
     return None

@@ -561,7 +561,8 @@ def elements(array):
     return array.astype(ml_dtypes.bfloat16).view(np.uint16)
 found = {}
 for capability in ((8, 0), (9, 0)):
-    gpu = SimpleNamespace(compute_capability=capability, MULTIPROCESSOR_COUNT=132)
+    gpu = SimpleNamespace(compute_capability=capability, MULTIPROCESSOR_COUNT=132,
+                          MAX_SHARED_MEMORY_PER_BLOCK_OPTIN=99 << 10)
     dispatcher.get_current_device = cuda.get_current_device = lambda: gpu
     for row in kernels.KERNELS:
         asked.clear()

@@ -1348,7 +1348,8 @@ class Engine:
         self.place = self.pick_place(rung, enforce_eager)
         self.ops = self.place.ops
         self.weight_bytes = checkpoint.num_parameters() * self.elements.itemsize
-        budget = self.cache_budget(gpu_memory_utilization, directory)
+        longest = max_model_len or self.cfg.max_position_embeddings
+        budget = self.cache_budget(gpu_memory_utilization, longest, directory)
         num_blocks = self.size_cache(max_model_len, kv_cache_memory_bytes or budget,
                                      num_gpu_blocks_override)
         self.weights = self.load_weights(checkpoint)
@@ -1384,7 +1385,7 @@ class Engine:
             return Host(kernels.RUNGS[self.rung], simulated=True)
         return Gpu(kernels.RUNGS[self.rung], eager)
 
-    def cache_budget(self, utilization: float, directory: Path) -> int:
+    def cache_budget(self, utilization: float, longest: int, directory: Path) -> int:
         """Bytes that the KV cache may take; refuses weights that do not fit."""
         if self.device != "cuda":
             check_memory(self.weight_bytes, total_memory(), directory, self.dtype, "this machine")
@@ -1392,14 +1393,17 @@ class Engine:
         free, total = cuda.current_context().get_memory_info()
         check_memory(self.weight_bytes, free, directory, self.dtype, "the GPU")
         return max(0, int(free - (1 - utilization) * total) - self.weight_bytes
-                   - self.buffer_bytes())
+                   - self.buffer_bytes(longest))
 
-    def buffer_bytes(self) -> int:
-        """Of everything in allocate_buffers that does not grow with the KV cache, and a margin."""
+    def buffer_bytes(self, longest: int) -> int:
+        """Of everything else in allocate_buffers, for contexts of that length, and a margin."""
         cfg, T, B = self.cfg, self.max_num_batched_tokens, self.max_num_seqs
-        channels = 3 * cfg.hidden_size + 3 * cfg.intermediate_size + cfg.head_dim * (
-            2 * cfg.num_attention_heads + 2 * cfg.num_key_value_heads)
-        return T * channels * self.elements.itemsize + 16 * B * cfg.vocab_size + (256 << 20)
+        H, G, D = cfg.num_attention_heads, cfg.num_key_value_heads, cfg.head_dim
+        channels = 3 * cfg.hidden_size + 3 * cfg.intermediate_size + 2 * D * (H + G)
+        rows = 4 * 4 * B * cfg.vocab_size                      # logits, scores, bias, seen
+        tables = 4 * longest * D + 4 * B * ceil_div(longest, self.block_size)
+        partial = 4 * B * ceil_div(longest, kernels.SPLIT) * H * (D + 2)
+        return T * channels * self.elements.itemsize + rows + tables + partial + (256 << 20)
 
     def size_cache(self, max_model_len: int | None, cache_bytes: int,
                    num_blocks: int | None) -> int:
@@ -1462,9 +1466,8 @@ class Engine:
         inv_freq = kernels.rope_inv_freq(D, cfg.rope_theta, cfg.rope_scaling)
         self.cos, self.sin = map(self.on_device,
                                  kernels.rope_tables(inv_freq, self.max_model_len))
-        # what decode attention needs when it splits contexts: see begin_decode
-        num_splits = B + min(B * ceil_div(self.max_model_len, kernels.SPLIT),
-                             ceil_div(num_blocks * P, kernels.SPLIT))
+        # for every request, even if they share most of their blocks: see begin_decode
+        num_splits = B * ceil_div(self.max_model_len, kernels.SPLIT)
         self.splits = new(B + 1 + num_splits, np.int32)
         self.partial = new((num_splits, H, D + 2) if self.rung == "tensor" else (1, 1, 1),
                            np.float32)
