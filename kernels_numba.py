@@ -1887,7 +1887,7 @@ def make_paged_decode(D):
                         l[half] += x[at]
                 for i in range(4):
                     p[i] = pack(x[i * 2], x[i * 2 + 1], qkv)
-                # mma wants pairs (v[key, d], v[key + 1, d]), memory holds (v[key, d], v[key, d + 1])
+                # mma wants pairs (v[key, d], v[key + 1, d]), memory has (v[key, d], v[key, d + 1])
                 # in a word: half 0 joins the lower halves of both keys' words, half 1 the upper
                 # ones. Column l//4 of the mma for word w is then channel 8*(l//4) + 2w + half
                 for n in range(VECTORS):

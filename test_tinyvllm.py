@@ -649,6 +649,84 @@ def test_the_kernels_sample_as_the_twins_do(small):
     assert tokens_of(on_kernels, ids, params) == tokens_of(on_twins, ids, params)
 
 
+@pytest.fixture
+def one_step_ahead(monkeypatch):
+    """The GPU's way on the CPU: steps are padded, and their tokens are read a step late."""
+    monkeypatch.setattr(tinyvllm.Host, "pipelined", True)
+
+
+def test_a_host_one_step_ahead_gives_the_same_answers(checkpoints, golden, one_step_ahead):
+    for options in ({}, dict(max_num_batched_tokens=7), dict(static_batching=True, max_num_seqs=2),
+                    dict(block_size=4, num_gpu_blocks_override=30, max_model_len=116)):
+        engine = poisoned(Engine(checkpoints("gqa"), **options))
+        prompts = shape_prompts("gqa")[:4] if "block_size" in options else shape_prompts("gqa")
+        assert tokens_of(engine, prompts * 3) == golden["tokens"]["gqa"][:len(prompts)] * 3
+        assert not engine.requests and not any(engine.allocator.ref_counts)
+        assert sorted(engine.free_rows) == list(range(engine.max_num_seqs))
+    assert engine.num_preemptions > 0
+
+
+def test_a_host_one_step_ahead_drops_the_token_behind_the_end(demo, golden, one_step_ahead):
+    engine = Engine(max_num_seqs=4)
+    entry = golden["demo"][0]
+    for params in (SamplingParams(temperature=0, max_tokens=100),
+                   SamplingParams(temperature=0, max_tokens=100, stop=entry["text"][20:25]),
+                   SamplingParams(temperature=1.1, seed=1, n=3, max_tokens=20, min_tokens=9,
+                                  repetition_penalty=1.2, logprobs=2, prompt_logprobs=1)):
+        ours, theirs = (one.generate({"prompt_token_ids": entry["prompt_token_ids"]}, params)[0]
+                        for one in (engine, demo))
+        assert [o.token_ids for o in ours.outputs] == [o.token_ids for o in theirs.outputs]
+        assert [o.text for o in ours.outputs] == [o.text for o in theirs.outputs]
+        assert [o.finish_reason for o in ours.outputs] == [o.finish_reason for o in theirs.outputs]
+    assert not any(engine.allocator.ref_counts)
+
+
+@pytest.mark.parametrize("pipelined", [False, True])
+def test_failing_uploads_lose_no_row_no_block_and_no_other_request(pipelined, checkpoints,
+                                                                   monkeypatch):
+    monkeypatch.setattr(tinyvllm.Host, "pipelined", pipelined)
+    engine = Engine(checkpoints("gqa"), block_size=4, num_gpu_blocks_override=40, max_model_len=60,
+                    max_num_seqs=4)
+    prompts = [prompt_ids(3 + n % 9, seed=n) for n in range(40)]
+    expected = tokens_of(Engine(checkpoints("gqa")), prompts)
+    rng, upload = np.random.default_rng(0), engine.place.upload
+
+    def sometimes(target, values):
+        if rng.random() < 0.02:
+            raise KeyboardInterrupt if rng.random() < 0.5 else MemoryError
+        upload(target, values)
+        if rng.random() < 0.02:
+            raise KeyboardInterrupt
+    monkeypatch.setattr(engine.place, "upload", sometimes)
+    requests = {}
+    for n, ids in enumerate(prompts):
+        engine.add_request(str(n), ids, GREEDY)
+        requests[n] = engine.requests[str(n)]
+    failures = 0
+    while engine.has_unfinished_requests():
+        try:
+            engine.step()
+        except (KeyboardInterrupt, MemoryError):
+            failures += 1
+    outputs = [requests[n].output() for n in range(40)]
+    right = [output["token_ids"] == expected[n] for n, output in enumerate(outputs)
+             if output["finish_reason"] == "length"]
+    assert failures > 3 and len(right) > 10 and all(right)
+    assert not any(engine.allocator.ref_counts) and sorted(engine.free_rows) == [0, 1, 2, 3]
+
+
+def test_splits_of_many_requests_that_share_their_blocks_have_room(checkpoints):
+    """A pool of 34 blocks holds 8 contexts of 500 tokens that share all but their ends."""
+    engine = Engine(checkpoints("gqa"), max_num_seqs=8, num_gpu_blocks_override=48,
+                    max_num_batched_tokens=512)
+    shared = prompt_ids(460)
+    prompts = [shared + prompt_ids(2, seed=n) for n in range(8)]
+    tokens_of(engine, [shared])                    # now the others find it
+    params = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
+    assert tokens_of(engine, prompts, params) == [
+        tokens_of(Engine(checkpoints("gqa")), [ids], params)[0] for ids in prompts]
+
+
 @needs_gpu
 @pytest.mark.parametrize("rung", ["naive", "tiled"])
 @pytest.mark.parametrize("shape", SHAPES)
@@ -794,13 +872,15 @@ def test_an_eager_engine_names_the_kernel_that_fails(small, monkeypatch):
 def test_too_little_gpu_memory_is_one_sentence(small):
     refuses(small, "the GPU has", "more are needed", device="cuda",
             num_gpu_blocks_override=1 << 28)               # of 4 KiB each: a terabyte
-    refuses(small, "use --kv-cache-memory-bytes", device="cuda", gpu_memory_utilization=1e-6)
+    refuses(small, "leave nothing of the GPU's memory for the KV cache", device="cuda",
+            gpu_memory_utilization=1e-6)
 
 
 @pytest.mark.parametrize("options, parts", [
     (dict(dtype="int8"), ["dtype is 'int8', expected 'auto', 'bfloat16', 'float16', 'float32'"]),
     (dict(dtype="bfloat16", device="cpu"), ["dtype 'bfloat16' needs a GPU"]),
     (dict(rung="fast", device=DEVICE), ["rung is 'fast', expected 'auto', 'naive'"]),
+    (dict(rung="tiled", device="cpu"), ["--kernels and --enforce-eager are for --device cuda"]),
     (dict(rung="tensor", device=DEVICE), ["head_dim 16 is no multiple of 64", "--kernels tiled"]),
     (dict(gpu_memory_utilization=1.5), ["gpu_memory_utilization is 1.5, expected a number in"]),
     (dict(max_num_seqs=5000), ["max_num_seqs is 5000, expected at most 4096"]),

@@ -25,6 +25,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -339,6 +340,8 @@ class Checkpoint:
         """Copies each tensor once to its place: put(place, tensor)."""
         try:
             weights, table = allocate_weights(self.cfg, new)   # pages come when they are written
+        except UserError:                              # of the GPU, with what to do
+            raise
         except (MemoryError, ValueError) as error:     # ValueError: larger than any address space
             raise UserError(f"{self.directory} does not fit into memory ({error})") from None
         for name, place in tqdm(table.items(), desc="loading weights", unit=" tensors", delay=1,
@@ -352,7 +355,9 @@ def check_memory(needed: int, present: int, directory: Path, dtype: str, place: 
     if needed > present:
         raise UserError(f"{directory} needs {format_bytes(needed)} as {dtype}, {place} has "
                         f"{format_bytes(present)} of memory: choose a smaller model"
-                        + (", or --device cpu" if place != "this machine" else ""))
+                        + (", or --device cpu" if place != "this machine" else "")
+                        + (", or --dtype bfloat16" if place != "this machine"
+                           and dtype == "float32" else ""))
 
 
 def total_memory() -> int:
@@ -869,6 +874,11 @@ class Sequence:
         return len(self.token_ids) + self.num_pending
 
     @property
+    def num_sampled(self) -> int:
+        """Outputs, those included that are not read yet."""
+        return self.num_outputs + self.num_pending
+
+    @property
     def is_decoding(self) -> bool:
         return self.row is not None and self.num_computed >= self.prefill_end
 
@@ -920,6 +930,29 @@ class Batch:
     @property
     def num_tokens(self) -> int:
         return sum(self.counts)
+
+
+@dataclass
+class Step:
+    """What the operations of a step read: views of the engine's fixed buffers, for T tokens of B
+    requests. T and B, padded, and the kind are its shape: steps of one shape share a graph."""
+    kind: str                          # "prefill", "decode", or "chunk": prefill without sampling
+    T: int
+    B: int
+    tokens: np.ndarray                             # (T,) int32
+    positions: np.ndarray                          # (T,) int32
+    slots: np.ndarray                # (T,) int32, where each token's K and V go: block * P + offset
+    seq_lens: np.ndarray                           # (B,) int32, context after this step
+    rows: np.ndarray                               # (B,) int32, of the engine's tables
+    sample_rows: np.ndarray                # (B,) int32, nobody's row where nothing is sampled
+    query_starts: np.ndarray                       # (B+1,) int32
+    sampled: np.ndarray                            # (B,) int32
+    packed: np.ndarray             # tokens to query_starts of a prefill step, as they lie in memory
+    inputs: np.ndarray | None                      # (2, B) int32 of a decode step: begin_decode_ref
+
+    @property
+    def shape(self) -> tuple[str, int, int]:
+        return self.kind, self.T, self.B
 
 
 # -----------------------------------------------------------------------------
@@ -991,7 +1024,7 @@ def hash_block(parent: bytes, token_ids: list[int]) -> bytes:
 # can be a step ahead, and one graph for each shape of a step, so that a hundred kernels cost one
 # call.
 
-REPLAYS_IN_FLIGHT = 2                              # steps that the host has started and not read
+STEPS_IN_FLIGHT = 2                                # that the host has started and not read
 
 
 class Host:
@@ -1011,23 +1044,22 @@ class Host:
             target[...] = values
 
     def download(self, source) -> np.ndarray:
+        """The values of an array, to be read before the next step changes them."""
         return source.copy_to_host() if self.simulated else source
 
     def fetch(self, source) -> Callable[[], np.ndarray]:
         """A function that returns the values `source` has now."""
-        values = self.download(source)
+        values = np.array(self.download(source))
         return lambda: values
 
     def run(self, shape, work: Callable) -> None:
         work()
 
-    put_weight = upload
-
 
 class Gpu:
     """One CUDA stream, with the copies and graphs that numba.cuda leaves to the driver.
 
-    Raises KernelError naming the kernel if `eager`, otherwise naming the step.
+    Raises KernelError; which kernel failed is known only if `eager`, which waits for each.
     """
     pipelined = True
 
@@ -1038,17 +1070,16 @@ class Gpu:
         self.handle = driver.CUstream(int(self.stream.handle))
         self.ops = SimpleNamespace(**{name: partial(self.launch, name, launcher)
                                       for name, launcher in vars(operations).items()})
-        self.graphs = {}                           # shape of a step -> its executable graph
+        self.graphs = {}                  # shape of a step -> its graph, None if it came only once
         self.progress = None                       # a bar, while kernels are compiled
-        self.num_uploads = 0
         self.pinned = deque()                      # of fetched tokens, the next to be used first
 
     def call(self, result):
         """What a driver function returned, less its error code."""
         error, *values = result
         if error != self.driver.CUresult.CUDA_SUCCESS:
-            name = error.name if hasattr(error, "name") else error
-            raise KernelError(f"the GPU reports {name}")
+            raise KernelError(f"the GPU reports {error.name}: --enforce-eager names the kernel "
+                              "that failed")
         return values[0] if len(values) == 1 else values
 
     def launch(self, name: str, launcher: Callable, *arrays) -> None:
@@ -1059,11 +1090,10 @@ class Gpu:
             launcher(*arrays, stream=self.stream)
             if self.eager:
                 self.stream.synchronize()
-        except AssertionError:
-            raise
         except Exception as error:
             shapes = [getattr(array, "shape", array) for array in arrays]
-            raise KernelError(f"kernel {name} failed on arrays of shapes {shapes}: "
+            which = name if self.eager else f"{name}, or one before it,"
+            raise KernelError(f"kernel {which} failed on arrays of shapes {shapes}: "
                               f"{error}") from error
 
     def empty(self, shape, dtype):
@@ -1084,16 +1114,20 @@ class Gpu:
         values = np.ascontiguousarray(values)
         assert values.nbytes == target.nbytes and values.dtype == target.dtype, (
             values.dtype, values.shape, target.dtype, target.shape)
-        self.num_uploads += 1
         self.call(self.driver.cuMemcpyHtoDAsync(pointer(target), values.ctypes.data, values.nbytes,
                                                 self.handle))
 
     def download(self, source) -> np.ndarray:
-        return source.copy_to_host(stream=self.stream)
+        """The values of an array, when all that was asked for before has happened."""
+        values = np.empty(source.shape, source.dtype)
+        self.call(self.driver.cuMemcpyDtoHAsync(values.ctypes.data, pointer(source), source.nbytes,
+                                                self.handle))
+        self.call(self.driver.cuStreamSynchronize(self.handle))
+        return values
 
     def fetch(self, source) -> Callable[[], np.ndarray]:
         """Starts the copy of some int32; the function returned waits for it."""
-        if len(self.pinned) <= REPLAYS_IN_FLIGHT:
+        if len(self.pinned) < STEPS_IN_FLIGHT:
             event = self.call(self.driver.cuEventCreate(
                 self.driver.CUevent_flags.CU_EVENT_DISABLE_TIMING))
             self.pinned.appendleft((cuda.pinned_array(kernels.MAX_REQUESTS, np.int32), event))
@@ -1109,8 +1143,10 @@ class Gpu:
         return wait
 
     def run(self, shape, work: Callable) -> None:
-        """Does the work of a step: the first of its shape launch by launch, which compiles what is
-        missing, and records it for the next."""
+        """Does the work of a step: as a graph, or launch by launch, which compiles what is missing.
+
+        Decode steps come again and again, and are recorded at once; prefill steps when their shape
+        comes a second time, for most of them never do."""
         graph = self.graphs.get(shape)
         if graph is not None:
             self.call(self.driver.cuGraphLaunch(graph, self.handle))
@@ -1121,8 +1157,12 @@ class Gpu:
                 work()
             finally:
                 self.progress = None
-        if not self.eager:
+        if self.eager:
+            return
+        if shape[0] == "decode" or shape in self.graphs:
             self.graphs[shape] = self.record(work)
+        else:
+            self.graphs[shape] = None
 
     def record(self, work: Callable):
         """Captures what `work` launches, without running it, as an executable graph."""
@@ -1215,25 +1255,37 @@ def pick_device(device: str) -> str:
     if device not in ("auto", "cuda", "cpu", "sim"):
         raise UserError(f"device is {device!r}, expected 'auto', 'cuda', 'cpu' or 'sim'")
     if device == "sim" and not kernels.SIMULATOR:
-        raise UserError("device 'sim' needs the simulator before Numba is imported: set the "
-                        "environment variable NUMBA_ENABLE_CUDASIM=1")
+        raise UserError("device 'sim' needs the simulator before Numba is imported: set "
+                        "NUMBA_ENABLE_CUDASIM=1 before Python starts (the command line does it "
+                        "itself)")
     if device in ("cpu", "sim") or device == "auto" and kernels.SIMULATOR:
         return "sim" if device == "sim" else "cpu"
-    problem = "the simulator stands in its place" if kernels.SIMULATOR else gpu_problem()
+    problem = "NUMBA_ENABLE_CUDASIM=1 is set, so Numba has only its simulator: unset it, or use " \
+        "--device sim" if kernels.SIMULATOR else gpu_problem()
     if problem and device == "cuda":
         raise UserError(f"device 'cuda' cannot be used: {problem}")
     return "cpu" if problem else "cuda"
 
 
-def pick_dtype(dtype: str, device: str, stored: str) -> str:
-    """The element type: that of the checkpoint, but float32 on the CPU and bfloat16 for it on the
-    GPU, where float32 has no tensor cores."""
+def check_names(device: str, dtype: str, rung: str, eager: bool) -> None:
+    """Refuses dtypes and rungs that do not exist, or not on this device."""
     if dtype not in ("auto", *ELEMENTS):
         raise UserError(f"dtype is {dtype!r}, expected 'auto', {', '.join(map(repr, ELEMENTS))}")
+    if rung not in ("auto", *kernels.RUNGS):
+        raise UserError(f"rung is {rung!r}, expected 'auto', "
+                        f"{', '.join(map(repr, kernels.RUNGS))}")
+    if device == "cpu" and dtype not in ("auto", "float32"):
+        raise UserError(f"dtype {dtype!r} needs a GPU: on the CPU leave --dtype away, everything "
+                        "is float32 there")
+    if device == "cpu" and (rung != "auto" or eager):
+        raise UserError("--kernels and --enforce-eager are for --device cuda or sim: on the CPU "
+                        "the NumPy twins run")
+
+
+def pick_dtype(dtype: str, device: str, stored: str) -> str:
+    """The element type; "auto": float32 on the CPU, on the GPU that of the checkpoint, but bfloat16
+    for float32, which has no tensor cores."""
     if device == "cpu":
-        if dtype not in ("auto", "float32"):
-            raise UserError(f"dtype {dtype!r} needs a GPU: on the CPU leave --dtype away, "
-                            "everything is float32 there")
         return "float32"
     if dtype == "auto":
         return "bfloat16" if stored == "float32" else stored
@@ -1241,24 +1293,23 @@ def pick_dtype(dtype: str, device: str, stored: str) -> str:
 
 
 def pick_rung(rung: str, cfg: Config, dtype: str, device: str) -> str:
-    """The rung of the kernels' ladders, for "auto" the highest that GPU, shapes and dtype allow."""
-    if rung not in ("auto", *kernels.RUNGS):
-        raise UserError(f"rung is {rung!r}, expected 'auto', "
-                        f"{', '.join(map(repr, kernels.RUNGS))}")
+    """The rung of the kernels' ladders; "auto": the highest that GPU, shapes and dtype allow."""
     capability = (9, 0) if device == "sim" else cuda.get_current_device().compute_capability
     obstacle = kernels.fits_tensor_cores(cfg.num_attention_heads, cfg.num_key_value_heads,
                                          cfg.head_dim, cfg.hidden_size, cfg.intermediate_size)
     if dtype == "float32":
-        obstacle = "float32 has none"
+        obstacle = "float32 has none: use --dtype bfloat16"
     elif capability < (8, 0):
         obstacle = "compute capability {}.{} is below 8.0".format(*capability)
+    next_best = "tiled" if cfg.head_dim <= 256 else "naive"    # a warp holds no more of a query
     if rung == "tensor" and obstacle:
         raise UserError(f"the tensor-core kernels cannot run here ({obstacle}): use --kernels "
-                        "tiled")
+                        f"{next_best}")
+    if rung == "tiled" and next_best != "tiled":
+        raise UserError(f"head_dim {cfg.head_dim} is above the 256 that the tiled kernels hold: "
+                        "use --kernels naive")
     if rung == "auto":
-        rung = "tiled" if obstacle else "tensor"
-    if rung == "tiled" and cfg.head_dim > 256:     # more than a warp holds of a query
-        return "naive"
+        return next_best if obstacle else "tensor"
     return rung
 
 
@@ -1271,7 +1322,7 @@ def pick_rung(rung: str, cfg: Config, dtype: str, device: str) -> str:
 # always computed by the same operation, whatever company it has. (On the CPU that is exact but for
 # the last bits: BLAS adds in another order for many tokens than for a few.)
 #
-# On the GPU the host is one step behind: it starts a step, and then reads what the one before it
+# On the GPU the host is one step ahead: it starts a step, and only then reads what the one before
 # has sampled. So a request that has ended may be in one more step, whose token is dropped.
 
 DEFAULT_CACHE_BYTES = 4 << 30            # on the CPU, or half of what is free, if that is less
@@ -1325,6 +1376,7 @@ class Engine:
             raise UserError(f"gpu_memory_utilization is {gpu_memory_utilization!r}, expected a "
                             "number in (0, 1]")
         self.device = pick_device(device)
+        check_names(self.device, dtype, rung, enforce_eager)   # before anything is downloaded
         directory = find_checkpoint(model, revision, hf_token)
         self.model_name = directory.name if directory != DEMO else "demo model"
         self.cfg = load_config(directory)
@@ -1355,10 +1407,13 @@ class Engine:
         self.weights = self.load_weights(checkpoint)
         try:
             self.allocate_buffers(num_blocks)
+        except UserError:                              # of the GPU, with what to do
+            raise
         except (MemoryError, ValueError) as error:
             size = format_bytes(num_blocks * self.bytes_per_block)
-            raise UserError(f"the KV cache of {size} does not fit into memory ({error}): use "
-                            f"--kv-cache-memory-bytes {DEFAULT_CACHE_BYTES} or less") from None
+            raise UserError(f"the KV cache of {size} or the buffers of a step do not fit into "
+                            f"memory ({error}): use a smaller --kv-cache-memory-bytes, "
+                            "--max-num-batched-tokens or --max-num-seqs") from None
         self.allocator = BlockAllocator(num_blocks)
 
         self.rng = np.random.default_rng(seed)
@@ -1397,12 +1452,12 @@ class Engine:
 
     def buffer_bytes(self, longest: int) -> int:
         """Of everything else in allocate_buffers, for contexts of that length, and a margin."""
-        cfg, T, B = self.cfg, self.max_num_batched_tokens, self.max_num_seqs
+        cfg, (T, B) = self.cfg, self.largest_step()
         H, G, D = cfg.num_attention_heads, cfg.num_key_value_heads, cfg.head_dim
         channels = 3 * cfg.hidden_size + 3 * cfg.intermediate_size + 2 * D * (H + G)
         rows = 4 * 4 * B * cfg.vocab_size                      # logits, scores, bias, seen
         tables = 4 * longest * D + 4 * B * ceil_div(longest, self.block_size)
-        partial = 4 * B * ceil_div(longest, kernels.SPLIT) * H * (D + 2)
+        partial = 4 * B * ceil_div(longest, kernels.SPLIT) * H * (D + 2) * (self.rung == "tensor")
         return T * channels * self.elements.itemsize + rows + tables + partial + (256 << 20)
 
     def size_cache(self, max_model_len: int | None, cache_bytes: int,
@@ -1420,6 +1475,11 @@ class Engine:
             wanted = self.max_num_seqs * ceil_div(longest, P)
             num_blocks = min(wanted, cache_bytes // self.bytes_per_block)
         capacity = num_blocks * P
+        if not capacity and self.device == "cuda" and not cache_bytes:
+            raise UserError(f"weights ({format_bytes(self.weight_bytes)}) and buffers leave "
+                            "nothing of the GPU's memory for the KV cache: use a larger "
+                            "--gpu-memory-utilization, or a smaller --max-num-batched-tokens or "
+                            "--max-num-seqs")
         if capacity < (max_model_len or 1):
             needed = ceil_div(longest if max_model_len else 1, P) * self.bytes_per_block
             raise UserError(f"the KV cache holds {capacity} tokens, one context of "
@@ -1447,8 +1507,7 @@ class Engine:
     def allocate_buffers(self, num_blocks: int) -> None:
         """Everything a step reads and writes, at fixed places: graphs remember addresses."""
         cfg, P, new, elements = self.cfg, self.block_size, self.place.empty, self.elements
-        B = self.padded_requests(self.max_num_seqs)
-        T = max(self.padded_tokens(self.max_num_batched_tokens), B)
+        T, B = self.largest_step()
         H, G, D = cfg.num_attention_heads, cfg.num_key_value_heads, cfg.head_dim
         # one block more than there are: padding of a step writes there, nobody reads it
         cache = new((2, cfg.num_hidden_layers, num_blocks + 1, P, G, D), elements)
@@ -1487,7 +1546,7 @@ class Engine:
         self.chunk_max = new((B, kernels.MAX_CHUNKS), np.float32)
         self.chunk_argmax = new((B, kernels.MAX_CHUNKS), np.int32)
         self.sampled = new(B, np.int32)
-        self.views: dict[tuple, SimpleNamespace] = {}          # shape of a step -> its arrays
+        self.views: dict[tuple, Step] = {}                     # shape -> its arrays
         self.rows_on_device: list[int] = []                    # of the last decode step
 
     def on_device(self, values: np.ndarray):
@@ -1495,16 +1554,23 @@ class Engine:
         self.place.upload(array, values)
         return array
 
+    # ---- shapes of steps: on the GPU few enough that each can have a graph; a step is padded to one
+    # of them: powers of two while it is small, then multiples of 128 tokens or 8 requests ----
+
     def padded_tokens(self, T: int) -> int:
-        """The next shape that has, or gets, a graph: a step is padded to it."""
         if not self.place.pipelined:
             return T
         return ceil_div(T, 128) * 128 if T > 128 else max(16, 1 << (T - 1).bit_length())
 
     def padded_requests(self, B: int) -> int:
-        if not self.place.pipelined or B == 0:
+        if not self.place.pipelined:
             return B
         return ceil_div(B, 8) * 8 if B > 8 else 1 << (B - 1).bit_length()
+
+    def largest_step(self) -> tuple[int, int]:
+        """Tokens and requests that the buffers must hold."""
+        B = self.padded_requests(self.max_num_seqs)
+        return max(self.padded_tokens(self.max_num_batched_tokens), B), B
 
     def describe(self) -> str:
         """One line: what runs where, and where the memory went."""
@@ -1514,6 +1580,8 @@ class Engine:
             arrays.append(w.lm_head)
         capacity = len(self.allocator.ref_counts)
         where = self.device
+        if self.device == "cpu" and not kernels.SIMULATOR and shutil.which("nvidia-smi"):
+            where += f" ({gpu_problem() or 'as asked'})"
         if self.device != "cpu":
             name = "" if self.device == "sim" else cuda.get_current_device().name
             name = name.decode() if isinstance(name, bytes) else name
@@ -1622,8 +1690,7 @@ class Engine:
         """The next step, None when there is nothing to start."""
         decoding = [seq for seq in self.running if seq.is_decoding and not self.is_complete(seq)]
         if self.static_batching:
-            started = any(seq.num_tokens - len(seq.request.prompt_token_ids) > 1
-                          for seq in self.running if seq.is_decoding)
+            started = any(seq.num_sampled > 1 for seq in self.running if seq.is_decoding)
             prefill_turn = not started
         else:
             prefill_turn = not (decoding and self.prefilled_last)
@@ -1638,8 +1705,7 @@ class Engine:
 
     def is_complete(self, seq: Sequence) -> bool:
         """Whether its last token is sampled already, though perhaps not read: it ends by length."""
-        num_outputs = seq.num_tokens - len(seq.request.prompt_token_ids)
-        return num_outputs == seq.params.max_tokens or seq.num_tokens == self.max_model_len
+        return seq.num_sampled == seq.params.max_tokens or seq.num_tokens == self.max_model_len
 
     def make_batch(self, kind: str, chunks: list[tuple[Sequence, int]],
                    new_blocks: list[int | None]) -> Batch:
@@ -1678,8 +1744,8 @@ class Engine:
         if seq.request.num_cached_tokens is None:
             seq.request.num_cached_tokens = seq.num_computed
         seq.row = self.free_rows.pop()
+        self.running.append(self.waiting.popleft())    # before anything that can fail: see advance
         self.fill_row(seq)
-        self.running.append(self.waiting.popleft())
         candidates.append(seq)
         return True
 
@@ -1714,7 +1780,7 @@ class Engine:
         bias = np.zeros(self.cfg.vocab_size, np.float32)
         for token, value in seq.params.logit_bias.items():
             bias[token] = value
-        if seq.num_tokens - len(seq.request.prompt_token_ids) < seq.params.min_tokens:
+        if seq.num_sampled < seq.params.min_tokens:
             bias[list(self.eos_token_ids | set(seq.params.stop_token_ids))] = -np.inf
         self.place.upload(self.bias[seq.row], bias)
 
@@ -1785,31 +1851,32 @@ class Engine:
 
     # ---- pack, forward, sample: the computation of a step ----
 
-    def arrays(self, kind: str, T: int, B: int) -> SimpleNamespace:
-        """The flat arrays of a step of T tokens and B requests: views of the fixed buffers."""
+    def view_step(self, kind: str, T: int, B: int) -> Step:
+        """The arrays of a step of this shape, in step_buffer one behind another:
+
+        tokens T | positions T | slots T | seq_lens B | rows B | sample_rows B | query_starts B + 1
+        """
         key = (kind, T, B)
         if key not in self.views:
             buffer = self.step_buffer
             tokens, positions, slots = (buffer[i * T:(i + 1) * T] for i in range(3))
-            rest = [buffer[3 * T + i * B:3 * T + (i + 1) * B] for i in range(3)]
-            seq_lens, rows, sample_rows = rest
+            seq_lens, rows, sample_rows = (buffer[3 * T + i * B:3 * T + (i + 1) * B]
+                                           for i in range(3))
             query_starts, inputs = buffer[3 * T + 3 * B:3 * T + 4 * B + 1], None
-            if kind == "decode":
+            if kind == "decode":       # what seldom changes lies where it can stay
                 inputs = self.decode_inputs[:2 * B].reshape(2, B)
                 rows = sample_rows = inputs[0]
                 query_starts = self.starts[:B + 1]
-            self.views[key] = SimpleNamespace(
-                kind=kind, shape=key, T=T, B=B, tokens=tokens, positions=positions, slots=slots,
-                seq_lens=seq_lens, rows=rows, sample_rows=sample_rows, query_starts=query_starts,
-                inputs=inputs, all=buffer[:3 * T + 4 * B + 1], splits=self.splits,
-                sampled=self.sampled[:B])
+            self.views[key] = Step(kind, T, B, tokens, positions, slots, seq_lens, rows,
+                                   sample_rows, query_starts, self.sampled[:B],
+                                   buffer[:3 * T + 4 * B + 1], inputs)
         return self.views[key]
 
-    def pack_prefill(self, batch: Batch) -> SimpleNamespace:
+    def pack_prefill(self, batch: Batch) -> Step:
         """Flattens a prefill step: tokens of all its sequences behind one another, one upload."""
         P, nobody = self.block_size, self.max_num_seqs
         kind = "prefill" if batch.ready else "chunk"           # a chunk alone samples nothing
-        step = self.arrays(kind, self.padded_tokens(batch.num_tokens),
+        step = self.view_step(kind, self.padded_tokens(batch.num_tokens),
                            self.padded_requests(len(batch.sequences)))
         T, B = step.T, step.B
         flat = np.zeros(3 * T + 4 * B + 1, np.int32)
@@ -1830,35 +1897,36 @@ class Engine:
         query_starts[len(batch.sequences) + 1:] = start        # padded requests have no queries
         for b in batch.ready:
             sample_rows[b] = batch.sequences[b].row
-        self.place.upload(step.all, flat)
+        self.place.upload(step.packed, flat)
         return step
 
-    def pack_decode(self, batch: Batch) -> SimpleNamespace:
+    def pack_decode(self, batch: Batch) -> Step:
         """Says who decodes; nothing is uploaded when that, and all block tables, are as before."""
         B = self.padded_requests(len(batch.sequences))
-        step = self.arrays("decode", B, B)
+        step = self.view_step("decode", B, B)
         rows = [seq.row for seq in batch.sequences]
         rows += [self.max_num_seqs] * (B - len(rows))          # padding: the row of nobody
         if rows != self.rows_on_device or any(block is not None for block in batch.new_blocks):
             inputs = np.zeros((2, B), np.int32)
             inputs[0] = rows
             inputs[1, :len(batch.new_blocks)] = [block or 0 for block in batch.new_blocks]
+            self.rows_on_device = []                   # an interrupted upload is no upload
             self.place.upload(step.inputs, inputs)
             self.rows_on_device = rows
         return step
 
-    def compute(self, step: SimpleNamespace) -> None:
+    def compute(self, step: Step) -> None:
         """All operations of a step: what a graph records."""
         if step.kind == "decode":
             self.ops.begin_decode(step.tokens, step.positions, step.slots, step.seq_lens,
-                                  step.splits, step.inputs, self.state, self.block_tables,
+                                  self.splits, step.inputs, self.state, self.block_tables,
                                   self.block_size, kernels.SPLIT)
         self.forward(step)
         if step.kind != "chunk":
             self.compute_logits(step.query_starts[1:], step.B)
             self.sample(step)
 
-    def forward(self, step: SimpleNamespace) -> None:
+    def forward(self, step: Step) -> None:
         """The transformer, one operation per line: self.x (T, C) after the last layer."""
         cfg, ops, T, decode = self.cfg, self.ops, step.T, step.kind == "decode"
         eps, matmul = cfg.rms_norm_eps, ops.matmul_decode if decode else ops.matmul
@@ -1868,7 +1936,7 @@ class Engine:
         gate_up, act = self.gate_up[:T], self.act[:T]
         qkv, o_flat = heads.reshape(T, -1), o.reshape(T, -1)
         rotation = self.cos, self.sin, step.positions, step.slots
-        context = (self.block_tables, step.rows, step.query_starts, step.seq_lens, step.splits,
+        context = (self.block_tables, step.rows, step.query_starts, step.seq_lens, self.splits,
                    self.partial)
 
         ops.embedding(x, step.tokens, self.weights.embed)                 # (T,) -> (T, C)
@@ -1895,7 +1963,7 @@ class Engine:
         self.ops.matmul_decode(logits, h, self.weights.lm_head)           # (B, C) -> (B, V)
         return logits
 
-    def sample(self, step: SimpleNamespace) -> None:
+    def sample(self, step: Step) -> None:
         """The next token of each request, into `sampled` and into its row's state."""
         B = step.B
         logits, scores = self.logits[:B], self.scores[:B]
@@ -1913,29 +1981,34 @@ class Engine:
         return [request.output() for request in self.advance()]
 
     def advance(self) -> list[Request]:
+        """step, but the requests themselves."""
         batch, finished = None, self.in_flight
         try:
             batch = self.schedule()
             self.batch = batch or self.batch
             self.in_flight = self.start(batch) if batch else None
-            if not self.place.pipelined:
-                finished, self.in_flight = self.in_flight, None
-            return self.retire_step(*finished) if finished else []
         except BaseException as error:
-            # named blocks may be half written, and who was to be computed cannot go on; others can
-            self.allocator.forget_hashes()
-            self.in_flight, lost = None, batch.sequences if batch else list(self.running)
-            for seq in lost + (finished[0].sequences if finished else []):
-                self.finish(seq, "error" if isinstance(error, Exception) else "abort")
+            self.in_flight = None
+            self.lose(batch.sequences if batch else list(self.running), error)
+            if finished:                               # the step before it did run
+                self.retire_step(*finished)
             raise
+        if not self.place.pipelined:
+            finished, self.in_flight = self.in_flight, None
+        return self.retire_step(*finished) if finished else []
+
+    def lose(self, sequences: list[Sequence], error: BaseException) -> None:
+        """Ends those whose step failed; the others can go on. Named blocks may be half written."""
+        self.allocator.forget_hashes()
+        for seq in sequences:
+            self.finish(seq, "error" if isinstance(error, Exception) else "abort")
 
     def start(self, batch: Batch) -> tuple[Batch, Callable, dict[int, np.ndarray]]:
         """Runs a step, or sets it going: the batch, how to get its tokens, and raw logits where
         somebody wants logprobs."""
         step = self.pack_decode(batch) if batch.kind == "decode" else self.pack_prefill(batch)
         for seq in batch.sequences:
-            produced = seq.num_tokens - len(seq.request.prompt_token_ids)
-            if 0 < seq.params.min_tokens == produced:          # from here on it may stop
+            if 0 < seq.params.min_tokens == seq.num_sampled:   # from here on it may stop
                 self.fill_bias(seq)
         self.place.run(step.shape, lambda: self.compute(step))
         tokens = self.place.fetch(step.sampled)
@@ -1949,19 +2022,24 @@ class Engine:
         return batch, tokens, logits
 
     def retire_step(self, batch: Batch, tokens: Callable, logits: dict) -> list[Request]:
-        """Gives the sampled tokens of a finished step to their sequences."""
-        sampled, grown = tokens(), {}
-        for b in batch.ready:
-            seq, token = batch.sequences[b], int(sampled[b])
-            seq.num_pending -= 1
-            if seq.finish_reason:                  # it ended while this step was under way
-                continue
-            if b in logits and token >= 0:
-                entry = self.logprobs_of(logits[b], token, seq.params.logprobs)
-                seq.logprobs.append(entry)
-                seq.cumulative_logprob += entry[token].logprob
-            self.retire(seq, token)
-            grown[seq.request] = None
+        """Gives the tokens of a finished step to their sequences: the requests that grew."""
+        grown = {}
+        try:
+            sampled = tokens()
+            for b in batch.ready:
+                seq, token = batch.sequences[b], int(sampled[b])
+                seq.num_pending -= 1
+                if seq.finish_reason:              # it ended while this step was under way
+                    continue
+                if b in logits and token >= 0:
+                    entry = self.logprobs_of(logits[b], token, seq.params.logprobs)
+                    seq.logprobs.append(entry)
+                    seq.cumulative_logprob += entry[token].logprob
+                self.retire(seq, token)
+                grown[seq.request] = None
+        except BaseException as error:
+            self.lose(batch.sequences, error)
+            raise
         self.num_tokens[batch.kind] += batch.num_tokens
         return list(grown)
 
@@ -2232,13 +2310,14 @@ def build_parser() -> argparse.ArgumentParser:
         help="GPU, NumPy, or the GPU's kernels in Numba's simulator (default: the GPU if there is "
         "one, else NumPy)")
     add("--dtype", choices=("auto", *ELEMENTS), default="auto",
-        help="element type on the GPU (default: the checkpoint's)")
+        help="element type on the GPU (default: the checkpoint's, but bfloat16 for float32)")
     add("--kernels", choices=("auto", *kernels.RUNGS), default="auto",
         help="rung of the kernels' ladders (default: the highest that GPU and model allow)")
     add("--enforce-eager", action="store_true",
         help="no CUDA graphs, and a wait after each kernel: an error names its kernel")
     add("--gpu-memory-utilization", type=float, default=0.9,
-        help="share of the GPU's memory to use (default: %(default)s)")
+        help="share of the GPU's memory that weights, buffers and KV cache may take (default: "
+        "%(default)s)")
     add("--verbose-prompt", action="store_true", help="show the prompt and its token ids")
     add("--stats", action=argparse.BooleanOptionalAction, default=True,
         help="speed and memory on stderr")
@@ -2288,6 +2367,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def run_in_simulator(argv: list[str] | None) -> int:
     """Numba chooses its simulator when it is imported, which has happened: from the start."""
+    signal.signal(signal.SIGINT, lambda *_: None)      # what Ctrl-C means, the child decides
     command = [sys.executable, __file__, *(sys.argv[1:] if argv is None else argv)]
     return subprocess.call(command, env=os.environ | {"NUMBA_ENABLE_CUDASIM": "1"})
 
