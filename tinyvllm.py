@@ -1554,8 +1554,8 @@ class Engine:
         self.place.upload(array, values)
         return array
 
-    # ---- shapes of steps: on the GPU few enough that each can have a graph. A step is padded to one
-    # of them: a power of two while it is small, then a multiple of 128 tokens or 8 requests ----
+    # ---- shapes of steps: on the GPU few enough that each can have a graph. A step is padded to
+    # one of them: a power of two while small, then a multiple of 128 tokens or 8 requests ----
 
     def padded_tokens(self, T: int) -> int:
         if not self.place.pipelined:
