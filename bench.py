@@ -143,18 +143,17 @@ def bench_serve(args, directory: Path) -> list[dict]:
 def bench_start(args, directory: Path) -> list[dict]:
     """From starting Python to the first character of the answer on standard output: the first run
     with an empty kernel cache, the others with what it left."""
-    cache = tempfile.TemporaryDirectory()
+    home, cache = Path(tinyvllm.__file__).parent, tempfile.TemporaryDirectory()
     environment = os.environ | {"NUMBA_CACHE_DIR": cache.name}
-    command = [sys.executable, "-u", tinyvllm.__file__, "--model", str(directory), "--no-stats",
-               "--device", args.device, "--max-tokens", "2", "--raw", "--prompt",
-               "What is a block?"]
+    command = [sys.executable, "-u", tinyvllm.__file__, "--model", str(directory), "--device",
+               args.device, "--no-stats", "--prompt", "What is a block?"]
     if not (directory / "tokenizer.json").exists():
-        command[2:2] = ["-c", START_WITHOUT_TEXT]
-        del command[4]
+        command = [sys.executable, "-u", "-c", START_WITHOUT_TEXT, str(directory), args.device]
 
     def first_character() -> float:
         started = time.perf_counter()
-        with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment) as process:
+        with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment,
+                              cwd=home) as process:
             process.stdout.read(1)
             seconds = time.perf_counter() - started
             process.stdout.read()
@@ -169,8 +168,7 @@ def bench_start(args, directory: Path) -> list[dict]:
 # random weights have no tokenizer: the same start, with token ids for a prompt and for an answer
 START_WITHOUT_TEXT = """
 import sys, tinyvllm
-options = dict(zip(sys.argv[1::2], sys.argv[2::2]))
-engine = tinyvllm.Engine(options["--model"], device=sys.argv[sys.argv.index("--device") + 1])
+engine = tinyvllm.Engine(sys.argv[1], device=sys.argv[2])
 params = tinyvllm.SamplingParams(temperature=0, max_tokens=2, ignore_eos=True)
 for output in engine.stream([list(range(5, 13))], params):
     print(output["token_ids"], flush=True)

@@ -136,9 +136,34 @@ def typed_instruction(text, operands, keep, given):
 
 
 def emit_instruction(text, operands, keep, context, builder, arguments):
-    """Inline assembly; LLVM numbers all outputs before all inputs, `+` registers are in both."""
+    """The inline assembly; its results, for registers are stored where they came from."""
     llvm_types = {"r": ir.IntType(32), "f": ir.FloatType()}
-    outputs, inputs, tied, names = [], [], [], []
+    names, outputs, inputs = place_operands(operands, context, builder, arguments)
+    for i in reversed(range(len(inputs))):             # LLVM numbers all outputs before all inputs
+        names = [name.replace(f"INPUT{i};", f"${len(outputs) + i}") for name in names]
+    constraints = ["=" + letter for letter, _ in outputs] + [letter for letter, _ in inputs]
+    constraints += ["~{memory}"] * keep
+    result_types = [llvm_types[letter] for letter, _ in outputs]
+    result = ir.VoidType() if not outputs else result_types[0] if len(outputs) == 1 \
+        else ir.LiteralStructType(result_types)
+    values = [value for _, value in inputs]
+    assembly = ir.InlineAsm(ir.FunctionType(result, [value.type for value in values]),
+                            text.format(*names), ",".join(constraints), side_effect=keep)
+    call = builder.call(assembly, values)
+    produced = [call] if len(outputs) == 1 else [builder.extract_value(call, i)
+                                                 for i in range(len(outputs))]
+    for (_, register), value in zip(outputs, produced):
+        if register is not None:
+            builder.store(value, register)
+    return [value for (_, register), value in zip(outputs, produced) if register is None]
+
+
+def place_operands(operands, context, builder, arguments):
+    """names    what stands in the text for each operand, INPUTi; for an input
+    outputs  (letter, the register's address or None for a result that is returned)
+    inputs   (letter, value); last those tied to an output by its number: `+` registers are both
+    """
+    names, outputs, inputs, tied = [], [], [], []
 
     def data_and_index():
         (array_type, array), (_, index) = arguments.pop(0), arguments.pop(0)
@@ -148,30 +173,32 @@ def emit_instruction(text, operands, keep, context, builder, arguments):
         data, index, _ = data_and_index()
         return builder.gep(data, [index])
 
-    def output(letter, register):
+    def shared_address():
+        # subtle: in 32 bits from the start, then constant parts of the index cost nothing
+        data, index, dtype = data_and_index()
+        data = builder.addrspacecast(data, ir.PointerType(ir.IntType(8), 3))
+        offset = builder.mul(builder.trunc(index, ir.IntType(32)),
+                             ir.IntType(32)(dtype.bitwidth // 8))
+        return builder.add(builder.ptrtoint(data, ir.IntType(32)), offset)
+
+    def output(letter, register=None):
         outputs.append((letter, register))
         return f"${len(outputs) - 1}"
 
-    def input_(constraint, value):
-        inputs.append((constraint, value))
+    def input_(letter, value):
+        inputs.append((letter, value))
         return f"INPUT{len(inputs) - 1};"
 
     for operand in operands:
         letter = operand[-1]
         if operand in ("=r", "=f"):
-            names.append(output(letter, None))
+            names.append(output(letter))
         elif operand in ("r", "f"):
             names.append(input_(letter, arguments.pop(0)[1]))
         elif operand == "global":
             names.append(input_("l", builder.ptrtoint(element(), ir.IntType(64))))
         elif operand == "shared":
-            # subtle: in 32 bits from the start, then constant parts of the index cost nothing
-            data, index, dtype = data_and_index()
-            first = builder.ptrtoint(builder.addrspacecast(
-                data, ir.PointerType(ir.IntType(8), 3)), ir.IntType(32))
-            offset = builder.mul(builder.trunc(index, ir.IntType(32)),
-                                 ir.IntType(32)(dtype.bitwidth // 8))
-            names.append(input_("r", builder.add(first, offset)))
+            names.append(input_("r", shared_address()))
         elif operand == "dtype":
             arguments.pop(0)
         else:
@@ -183,24 +210,7 @@ def emit_instruction(text, operands, keep, context, builder, arguments):
             parts = [output(letter, register) if written else input_(letter, builder.load(register))
                      for register in registers]
             names.append("{" + ", ".join(parts) + "}")
-    filled = text.format(*names)
-    for i in reversed(range(len(inputs))):
-        filled = filled.replace(f"INPUT{i};", f"${len(outputs) + i}")
-    constraints = ["=" + letter for letter, _ in outputs] + [c for c, _ in inputs + tied]
-    constraints += ["~{memory}"] * keep
-    types_out = [llvm_types[letter] for letter, _ in outputs]
-    returned = ir.VoidType() if not outputs else types_out[0] if len(outputs) == 1 \
-        else ir.LiteralStructType(types_out)
-    values = [value for _, value in inputs + tied]
-    assembly = ir.InlineAsm(ir.FunctionType(returned, [value.type for value in values]), filled,
-                            ",".join(constraints), side_effect=keep)
-    call = builder.call(assembly, values)
-    produced = [call] if len(outputs) == 1 else [builder.extract_value(call, i)
-                                                 for i in range(len(outputs))]
-    for (_, register), value in zip(outputs, produced):
-        if register is not None:
-            builder.store(value, register)
-    return [value for (_, register), value in zip(outputs, produced) if register is None]
+    return names, outputs, inputs + tied
 
 
 def flat(array):
@@ -2126,23 +2136,23 @@ def edit_logits_ref(scores, chunk_max, chunk_argmax, logits, rows, settings, bia
     """
     (B, V), chunks = logits.shape, chunk_max.shape[1]
     width = ceil_div(V, chunks)
+    edited = np.full((B, chunks * width), -np.inf, logits.dtype)       # the last chunk is filled up
+    edited[:, :V] = logits
     for b, row in enumerate(rows):
-        x, s = logits[b], settings[row]
+        x, s = edited[b, :V], settings[row]
         if s[EDITED]:
-            x = x + bias[row]
+            x += bias[row]
             counts = seen[row] & (IN_PROMPT - 1)
             penalize_ref(x, counts, seen[row] >= IN_PROMPT, s[REPETITION], s[PRESENCE],
                          s[FREQUENCY])
         if s[TEMPERATURE] > 0:
-            x = x / s[TEMPERATURE]
+            x /= s[TEMPERATURE]
         if s[EDITED] or s[TEMPERATURE] > 0:
             scores[b] = x
-        for chunk in range(chunks):
-            part = x[chunk * width:(chunk + 1) * width]
-            raw = logits[b, chunk * width:(chunk + 1) * width]
-            bad = np.isnan(raw).any() or (raw == np.inf).any()
-            chunk_max[b, chunk] = np.inf if bad else part.max() if len(part) else -np.inf
-            chunk_argmax[b, chunk] = chunk * width + (part.argmax() if len(part) else 0)
+    parts = edited.reshape(B, chunks, width)
+    largest = parts.max(axis=2)                                        # NaN wins every maximum
+    chunk_max[:] = np.where(largest < np.inf, largest, np.inf)
+    chunk_argmax[:] = parts.argmax(axis=2) + np.arange(chunks) * width
 
 
 @cuda.jit(cache=True)

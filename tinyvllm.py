@@ -1383,14 +1383,7 @@ class Engine:
         self.generation_config = generation_config(directory)
         self.tokenizer = load_tokenizer(
             find_checkpoint(tokenizer, None, hf_token) if tokenizer else directory)
-        self.eos_token_ids = set(self.cfg.eos_token_ids)
-        self.eos_token_ids |= eos_token_ids(self.generation_config,
-                                            directory / "generation_config.json")
-        if self.tokenizer and self.tokenizer.eos_token_id is not None:
-            self.eos_token_ids.add(self.tokenizer.eos_token_id)
-        # an id that the model has no logit for can never be chosen
-        self.eos_token_ids = {t for t in self.eos_token_ids if t < self.cfg.vocab_size}
-
+        self.eos_token_ids = self.find_eos_token_ids(directory)
         self.block_size = block_size
         self.max_num_seqs, self.max_num_batched_tokens = max_num_seqs, max_num_batched_tokens
         self.enable_prefix_caching, self.static_batching = enable_prefix_caching, static_batching
@@ -1428,6 +1421,15 @@ class Engine:
         self.in_flight: tuple | None = None        # it, if its tokens have not been read yet
         self.num_preemptions = 0
         self.num_tokens = {"prefill": 0, "decode": 0}
+
+    def find_eos_token_ids(self, directory: Path) -> set[int]:
+        """Those of config.json, generation_config.json and the tokenizer."""
+        ids = self.cfg.eos_token_ids | eos_token_ids(self.generation_config,
+                                                     directory / "generation_config.json")
+        if self.tokenizer and self.tokenizer.eos_token_id is not None:
+            ids |= {self.tokenizer.eos_token_id}
+        # an id that the model has no logit for can never be chosen
+        return {token for token in ids if token < self.cfg.vocab_size}
 
     # ---- memory ----
 
