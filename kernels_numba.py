@@ -1999,6 +1999,19 @@ def paged_decode_split(out, qkv, k_cache, v_cache, block_tables, rows, query_sta
                  partial, stream, SPLIT)
 
 
+def fits_paged_decode(H, G, D):
+    """Whether its fragments, and the sums of a thread block, have room on any GPU."""
+    R = H // G
+    return D % 64 == 0 and D <= 256 and R <= 16 and 4 * DECODE_WARPS * R * (D + 2) <= 99 << 10
+
+
+def attention_decode(out, qkv, k_cache, v_cache, *rest, stream=0):
+    """paged_decode_split, or for other head dims the second rung, which takes them all."""
+    _, H, G, D = attention_shapes(out, qkv, k_cache, v_cache)
+    launcher = paged_decode_split if fits_paged_decode(H, G, D) else attention_online
+    launcher(out, qkv, k_cache, v_cache, *rest, stream=stream)
+
+
 # -----------------------------------------------------------------------------
 # 8. Sampling                                                        (lesson 15)
 #
@@ -2803,7 +2816,7 @@ RUNGS = {
         **ON_DEVICE, rope_write_kv=rope_write_kv,
         matmul=matmul_tensor, matmul_decode=matmul_streamed,
         matmul_silu_mul=matmul_silu_mul_tensor, matmul_silu_mul_decode=matmul_silu_mul_streamed,
-        attention=attention_tiled, attention_decode=paged_decode_split),
+        attention=attention_tiled, attention_decode=attention_decode),
 }
 
 
@@ -2813,10 +2826,6 @@ def fits_tensor_cores(H, G, D, C, F):
                         ("kv heads * head_dim", G * D)):
         if value % 8:
             return f"{name} {value} is no multiple of 8"
-    if D % 64 or D > 256:
-        return f"head_dim {D} is no multiple of 64 up to 256"
-    if 4 * DECODE_WARPS * (H // G) * (D + 2) > 99 << 10:
-        return f"{H // G} query heads of {D} share a KV head: more than shared memory holds"
-    if H // G > 16:
-        return f"{H // G} query heads share a KV head, more than 16"
+    if D % 16 or D > 256:
+        return f"head_dim {D} is no multiple of 16 up to 256"
     return None

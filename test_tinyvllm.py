@@ -641,6 +641,19 @@ def test_every_rung_gives_the_tokens_of_the_twins(options, small):
     assert tokens_of(engine, ids, params) == tokens_of(twins, ids, params)
 
 
+def test_a_head_dim_of_16_decodes_on_the_rung_that_takes_it(tmp_path):
+    make_checkpoint(tmp_path, dtype="BF16", hidden_size=16, intermediate_size=24,
+                    num_attention_heads=2, num_key_value_heads=1, head_dim=16, num_hidden_layers=1,
+                    vocab_size=40, seed=5)
+    assert not kernels.fits_paged_decode(2, 1, 16) and kernels.fits_paged_decode(32, 8, 64)
+    params = SamplingParams(temperature=0, max_tokens=2, ignore_eos=True)
+    engine, twins = (Engine(tmp_path, device=device, block_size=4, max_model_len=8, max_num_seqs=1)
+                     for device in (DEVICE, "cpu"))
+    assert engine.rung == "tensor"
+    assert tokens_of(engine, [prompt_ids(5, 40)], params) == tokens_of(twins, [prompt_ids(5, 40)],
+                                                                       params)
+
+
 def test_the_kernels_sample_as_the_twins_do(small):
     params = [SamplingParams(temperature=1.0, seed=3, max_tokens=3, ignore_eos=True),
               SamplingParams(temperature=0.8, top_k=9, top_p=0.9, min_p=0.02, seed=4, max_tokens=3,
@@ -885,12 +898,19 @@ def test_too_little_gpu_memory_is_one_sentence(small):
     (dict(dtype="bfloat16", device="cpu"), ["dtype 'bfloat16' needs a GPU"]),
     (dict(rung="fast", device=DEVICE), ["rung is 'fast', expected 'auto', 'naive'"]),
     (dict(rung="tiled", device="cpu"), ["--kernels and --enforce-eager are for --device cuda"]),
-    (dict(rung="tensor", device=DEVICE), ["head_dim 16 is no multiple of 64", "--kernels tiled"]),
     (dict(gpu_memory_utilization=1.5), ["gpu_memory_utilization is 1.5, expected a number in"]),
     (dict(max_num_seqs=5000), ["max_num_seqs is 5000, expected at most 4096"]),
 ])
 def test_options_of_the_gpu_that_cannot_work_say_what_does(checkpoints, options, parts):
     refuses(checkpoints("gqa"), *parts, **options)
+
+
+def test_shapes_that_tensor_cores_cannot_take_get_the_rung_below(checkpoints):
+    odd = checkpoints("no round numbers")
+    refuses(odd, "hidden_size 51 is no multiple of 8", "--kernels tiled", device=DEVICE,
+            rung="tensor")
+    refuses(odd, "float32 has none", device=DEVICE, rung="tensor", dtype="float32")
+    assert Engine(odd, device=DEVICE, max_model_len=16, max_num_seqs=1).rung == "tiled"
 
 
 def test_an_old_driver_is_named_with_the_packages_that_fit(monkeypatch):
