@@ -1025,6 +1025,7 @@ def hash_block(parent: bytes, token_ids: list[int]) -> bytes:
 # call.
 
 STEPS_IN_FLIGHT = 2                                # that the host has started and not read
+STAGING_BYTES = 8 << 20                            # of pinned memory for what steps upload
 
 
 class Host:
@@ -1073,6 +1074,8 @@ class Gpu:
         self.graphs = {}                  # shape of a step -> its graph, None if it came only once
         self.progress = None                       # a bar, while kernels are compiled
         self.pinned = deque()                      # of fetched tokens, the next to be used first
+        # uploads on their way lie behind one another; some hundred steps fill it once
+        self.staging, self.staged = cuda.pinned_array(STAGING_BYTES, np.uint8), 0
 
     def call(self, result):
         """What a driver function returned, less its error code."""
@@ -1110,11 +1113,19 @@ class Gpu:
                             "--max-num-seqs") from None
 
     def upload(self, target, values: np.ndarray) -> None:
-        """A copy in the stream's order; memory that is not pinned is staged by the driver."""
-        values = np.ascontiguousarray(values)
-        assert values.nbytes == target.nbytes and values.dtype == target.dtype, (
+        """A copy in the stream's order, out of pinned memory: the host does not wait for it."""
+        source = np.ascontiguousarray(values).reshape(-1).view(np.uint8)
+        assert source.nbytes == target.nbytes and values.dtype == target.dtype, (
             values.dtype, values.shape, target.dtype, target.shape)
-        self.call(self.driver.cuMemcpyHtoDAsync(pointer(target), values.ctypes.data, values.nbytes,
+        if source.nbytes <= len(self.staging):
+            if self.staged + source.nbytes > len(self.staging):
+                self.call(self.driver.cuStreamSynchronize(self.handle))    # all of it has left
+                self.staged = 0
+            place = self.staging[self.staged:self.staged + source.nbytes]
+            place[:] = source
+            self.staged += ceil_div(source.nbytes, 16) * 16
+            source = place
+        self.call(self.driver.cuMemcpyHtoDAsync(pointer(target), source.ctypes.data, source.nbytes,
                                                 self.handle))
 
     def download(self, source) -> np.ndarray:
