@@ -238,16 +238,14 @@ def copies_of(arguments: list, moved: float) -> list[list]:
             for _ in range(count)]
 
 
-def graph_ms(gpu, launches, repeat: int) -> float:
+def graph_ms(gpu, launches, repeat: int, overlap: bool = False) -> float:
     """Milliseconds a launch, median of replays of one graph of all of them, one after another."""
     for launch in launches:
         launch()
     gpu.stream.synchronize()
-    record, gpu.overlap_kernels = gpu.overlap_kernels, lambda graph: None
-    graph = gpu.record(lambda: [launch() for launch in launches])
-    gpu.overlap_kernels = record
+    graph = gpu.record(lambda: [launch() for launch in launches], overlap)
     times, begin, end = [], cuda.event(), cuda.event()
-    for _ in range(max(5, repeat)):
+    for _ in range(max(7, repeat)):
         begin.record(gpu.stream)
         gpu.call(gpu.driver.cuGraphLaunch(graph, gpu.handle))
         end.record(gpu.stream)
@@ -329,16 +327,7 @@ def decode_pass(gpu, bandwidth: float, repeat: int) -> dict:
             for w in layer:
                 kernels.matmul_streamed(out[w.shape[0]], x[w.shape[1]], w, stream=gpu.stream)
         kernels.matmul_streamed(logits, x[2048], head, stream=gpu.stream)
-    work()
-    gpu.stream.synchronize()
-    graph, times, begin, end = gpu.record(work), [], cuda.event(), cuda.event()
-    for _ in range(max(7, repeat)):
-        begin.record(gpu.stream)
-        gpu.call(gpu.driver.cuGraphLaunch(graph, gpu.handle))
-        end.record(gpu.stream)
-        end.synchronize()
-        times.append(cuda.event_elapsed_time(begin, end))
-    ms = statistics.median(times[2:])
+    ms = graph_ms(gpu, [work], repeat, overlap=True)
     moved = sum(w.nbytes for layer in layers for w in layer) + head.nbytes
     return {"row": "matmul streamed", "shape": "T 1 all 65 matrices", "us": 1e3 * ms,
             "GB/s": moved / ms / 1e6, "% of": 100 * moved / ms / 1e6 / bandwidth}

@@ -533,34 +533,6 @@ def embedding(out, tokens, table, stream=0):
     embedding_kernel[out.shape[0], THREADS, stream](out, tokens, table)
 
 
-def last_rows_ref(out, ends, x):
-    """out[b] = x[ends[b] - 1]: the last token of each request.  out (B, C), ends (B,) int32."""
-    out[:] = x[ends - 1]
-
-
-@cuda.jit(cache=True)
-def last_rows_kernel(out, ends, x):
-    """out[b,c] = x[ends[b] - 1,c]
-
-    out    (B, C) f32 f16 bf16   written
-    ends   (B,)   i32            read
-    x      (T, C) as out         B rows read
-    launch grid B, thread block THREADS; one thread block owns one request
-    moves  2*B*C*E + 4*B bytes, does 0 flops: bandwidth-bound
-    twin   last_rows_ref
-    """
-    start_next_kernel()
-    wait_for_inputs()
-    b = cuda.blockIdx.x
-    for c in range(cuda.threadIdx.x, out.shape[1], THREADS):
-        out[b, c] = x[ends[b] - 1, c]
-
-
-def last_rows(out, ends, x, stream=0):
-    assert out.shape == (ends.shape[0], x.shape[1]), (out.shape, ends.shape, x.shape)
-    last_rows_kernel[out.shape[0], THREADS, stream](out, ends, x)
-
-
 def add_ref(x, delta):
     """x[t] += delta[t] in place.  x, delta (T, C)."""
     x += delta
@@ -2534,11 +2506,6 @@ def embedding_example(rng, elements, T, C, V):
             elements(lively(rng, V, C))]
 
 
-def last_rows_example(rng, elements, B, C):
-    return [elements(unwritten(B, C)), rng.integers(1, 2 * B + 1, B).astype(np.int32),
-            elements(lively(rng, 2 * B, C))]
-
-
 def add_example(rng, elements, T, C):
     return [elements(lively(rng, T, C)), elements(lively(rng, T, C))]
 
@@ -2725,9 +2692,6 @@ KERNELS = (
     kernel_row("embedding", embedding_ref, embedding, embedding_example,
                (dict(T=1, C=1, V=1), dict(T=3, C=50, V=9)), "2*T*C*E + 4*T", "0",
                lambda out, tokens, table: embedding_ref(out, tokens, table[::-1])),
-    kernel_row("last_rows", last_rows_ref, last_rows, last_rows_example,
-               (dict(B=1, C=1), dict(B=3, C=50)), "2*B*C*E + 4*B", "0",
-               lambda out, ends, x: embedding_ref(out, ends - 2, x)),
     kernel_row("add", add_ref, add, add_example, TC, "3*T*C*E", "T*C",
                lambda x, delta: add_ref(x, -delta)),
     kernel_row("silu_mul", silu_mul_ref, silu_mul, silu_mul_example,
@@ -2789,7 +2753,7 @@ def operations(**table):
 
 # what the engine calls: twins and launchers take the same arguments
 TWINS = operations(
-    embedding=embedding_ref, last_rows=last_rows_ref, rmsnorm=rmsnorm_ref,
+    embedding=embedding_ref, rmsnorm=rmsnorm_ref,
     add_rmsnorm=add_rmsnorm_ref, add=add_ref,
     rope_write_kv=rope_write_kv_ref, matmul=matmul_ref, matmul_decode=matmul_ref,
     matmul_silu_mul=matmul_silu_mul_ref, matmul_silu_mul_decode=matmul_silu_mul_ref,
@@ -2797,7 +2761,7 @@ TWINS = operations(
     begin_decode=begin_decode_ref, edit_logits=edit_logits_ref, sample_tokens=sample_tokens_ref)
 
 ON_DEVICE = dict(
-    embedding=embedding, last_rows=last_rows, rmsnorm=rmsnorm, add_rmsnorm=add_rmsnorm, add=add,
+    embedding=embedding, rmsnorm=rmsnorm, add_rmsnorm=add_rmsnorm, add=add,
     begin_decode=begin_decode, edit_logits=edit_logits, sample_tokens=sample_tokens)
 
 # slowest first; each computes the same, up to rounding

@@ -148,10 +148,10 @@ def all_logits(engine, ids):
     engine.allocator.forget_hashes()
     engine.add_request("logits", {"prompt_token_ids": ids}, GREEDY)
     engine.start(engine.schedule())
-    ends = np.arange(1, len(ids) + 1, dtype=np.int32)
+    indices = np.arange(len(ids), dtype=np.int32)
     logits = np.concatenate([
         engine.place.download(engine.compute_logits(engine.on_device(part), len(part))).copy()
-        for part in np.split(ends, range(16, len(ids), 16))])
+        for part in np.split(indices, range(16, len(ids), 16))])
     engine.abort_request("logits")
     engine.allocator.forget_hashes()
     return logits
@@ -452,15 +452,20 @@ def row_id(case):
     return f"{row.name} {dtype} " + " ".join(f"{name}={value}" for name, value in dims.items())
 
 
+def differences_from_twin(row, launcher, dims, dtype):
+    """What a launcher makes of an example of its row, beside what the twin makes of it."""
+    arguments = row.example(np.random.default_rng(0), to_elements(dtype), **dims)
+    on_device = [cuda.to_device(a) if isinstance(a, np.ndarray) else a for a in arguments]
+    launcher(*on_device)
+    ours = [widened(a.copy_to_host()) if isinstance(b, np.ndarray) else a
+            for a, b in zip(on_device, arguments)]
+    return differences(row, dtype, arguments, ours, twin_of(row, row.twin, arguments))
+
+
 @pytest.mark.parametrize("case", list(row_cases()), ids=row_id)
 def test_kernel_equals_its_twin(case):
     row, dims, dtype = case
-    arguments = row.example(np.random.default_rng(0), to_elements(dtype), **dims)
-    on_device = [cuda.to_device(a) if isinstance(a, np.ndarray) else a for a in arguments]
-    row.launcher(*on_device)
-    ours = [widened(a.copy_to_host()) if isinstance(b, np.ndarray) else a
-            for a, b in zip(on_device, arguments)]
-    assert not differences(row, dtype, arguments, ours, twin_of(row, row.twin, arguments))
+    assert not differences_from_twin(row, row.launcher, dims, dtype)
 
 
 @pytest.mark.parametrize("row", kernels.KERNELS, ids=lambda row: row.name)
@@ -534,13 +539,8 @@ def test_a_kernel_pasted_alone_into_a_new_file_runs(row, tmp_path):
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module                # where Numba looks for the module of a function
     spec.loader.exec_module(module)
-    dtype = row.types[-1]
-    arguments = row.example(np.random.default_rng(0), to_elements(dtype), **row.shapes[0])
-    on_device = [cuda.to_device(a) if isinstance(a, np.ndarray) else a for a in arguments]
-    getattr(module, row.launcher.__name__)(*on_device)
-    ours = [widened(a.copy_to_host()) if isinstance(b, np.ndarray) else a
-            for a, b in zip(on_device, arguments)]
-    assert not differences(row, dtype, arguments, ours, twin_of(row, row.twin, arguments))
+    launcher = getattr(module, row.launcher.__name__)
+    assert not differences_from_twin(row, launcher, row.shapes[0], row.types[-1])
 
 
 # the simulator is chosen when Numba is imported, so PTX is made by another process

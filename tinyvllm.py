@@ -945,6 +945,7 @@ class Step:
     seq_lens: np.ndarray                           # (B,) int32, context after this step
     rows: np.ndarray                               # (B,) int32, of the engine's tables
     sample_rows: np.ndarray                # (B,) int32, nobody's row where nothing is sampled
+    last_tokens: np.ndarray                        # (B,) int32, the index of each request's last
     query_starts: np.ndarray                       # (B+1,) int32
     sampled: np.ndarray                            # (B,) int32
     packed: np.ndarray             # tokens to query_starts of a prefill step, as they lie in memory
@@ -1025,7 +1026,16 @@ def hash_block(parent: bytes, token_ids: list[int]) -> bytes:
 # call.
 
 STEPS_IN_FLIGHT = 2                                # that the host has started and not read
-STAGING_BYTES = 8 << 20                            # of pinned memory for what steps upload
+STAGING_BYTES = 32 << 20                           # in each half of the pinned memory for uploads
+
+
+class KernelError(RuntimeError):
+    """The GPU could not do what it was asked."""
+
+
+def pointer(array) -> int:
+    """The device address of an array."""
+    return array.__cuda_array_interface__["data"][0]
 
 
 class Host:
@@ -1074,8 +1084,10 @@ class Gpu:
         self.graphs = {}                  # shape of a step -> its graph, None if it came only once
         self.progress = None                       # a bar, while kernels are compiled
         self.pinned = deque()                      # of fetched tokens, the next to be used first
-        # uploads on their way lie behind one another; some hundred steps fill it once
-        self.staging, self.staged = cuda.pinned_array(STAGING_BYTES, np.uint8), 0
+        # what is on its way lies in one of two halves, which are filled in turns
+        self.halves = deque((cuda.pinned_array(STAGING_BYTES, np.uint8), cuda.event())
+                            for _ in range(2))
+        self.staged = 0                            # bytes of the first half in use
 
     def call(self, result):
         """What a driver function returned, less its error code."""
@@ -1113,20 +1125,26 @@ class Gpu:
                             "--max-num-seqs") from None
 
     def upload(self, target, values: np.ndarray) -> None:
-        """A copy in the stream's order, out of pinned memory: the host does not wait for it."""
+        """A copy in the stream's order, through pinned memory: the host goes on at once."""
         source = np.ascontiguousarray(values).reshape(-1).view(np.uint8)
         assert source.nbytes == target.nbytes and values.dtype == target.dtype, (
             values.dtype, values.shape, target.dtype, target.shape)
-        if source.nbytes <= len(self.staging):
-            if self.staged + source.nbytes > len(self.staging):
-                self.call(self.driver.cuStreamSynchronize(self.handle))    # all of it has left
-                self.staged = 0
-            place = self.staging[self.staged:self.staged + source.nbytes]
-            place[:] = source
-            self.staged += ceil_div(source.nbytes, 16) * 16
-            source = place
-        self.call(self.driver.cuMemcpyHtoDAsync(pointer(target), source.ctypes.data, source.nbytes,
-                                                self.handle))
+        for start in range(0, len(source), STAGING_BYTES):
+            part = source[start:start + STAGING_BYTES]
+            place = self.stage(len(part))
+            place[:] = part
+            self.call(self.driver.cuMemcpyHtoDAsync(pointer(target) + start, place.ctypes.data,
+                                                    len(part), self.handle))
+
+    def stage(self, size: int) -> np.ndarray:
+        """That much pinned memory which no copy under way reads."""
+        if self.staged + size > STAGING_BYTES:
+            self.halves[0][1].record(self.stream)
+            self.halves.rotate()
+            self.halves[0][1].synchronize()        # its copies were started half a cycle ago
+            self.staged = 0
+        first, self.staged = self.staged, self.staged + ceil_div(size, 16) * 16
+        return self.halves[0][0][first:first + size]
 
     def download(self, source) -> np.ndarray:
         """The values of an array, when all that was asked for before has happened."""
@@ -1175,8 +1193,9 @@ class Gpu:
         else:
             self.graphs[shape] = None
 
-    def record(self, work: Callable):
-        """Captures what `work` launches, without running it, as an executable graph."""
+    def record(self, work: Callable, overlap: bool = True):
+        """Captures what `work` launches, without running it, as an executable graph, in which
+        kernels begin before the one before has ended where the GPU knows how."""
         driver = self.driver
         self.call(driver.cuStreamBeginCapture(
             self.handle, driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_RELAXED))
@@ -1184,7 +1203,7 @@ class Gpu:
             work()
         finally:
             graph = self.call(driver.cuStreamEndCapture(self.handle))
-        if cuda.get_current_device().compute_capability >= (9, 0):
+        if overlap and cuda.get_current_device().compute_capability >= (9, 0):
             self.overlap_kernels(graph)
         executable = self.call(driver.cuGraphInstantiate(graph, 0))
         self.call(driver.cuGraphDestroy(graph))
@@ -1207,35 +1226,6 @@ class Gpu:
             edge.from_port = 1                     # CU_GRAPH_KERNEL_NODE_PORT_PROGRAMMATIC
             programmatic.append(edge)
         self.call(add(graph, before, after, programmatic, count))
-
-
-class PinnedStaging:
-    """Uploads weights through two pinned buffers: one is filled while the other is copied."""
-
-    def __init__(self, gpu: Gpu, dtype: str, size: int = 32 << 20):
-        self.gpu, self.dtype = gpu, dtype
-        self.buffers = deque((cuda.pinned_array(size, np.uint8), cuda.event()) for _ in range(2))
-
-    def put(self, place, tensor: np.ndarray) -> None:
-        source = np.ascontiguousarray(as_elements(tensor, self.dtype)).reshape(-1).view(np.uint8)
-        for start in range(0, len(source), len(self.buffers[0][0])):
-            buffer, copied = self.buffers[0]
-            self.buffers.rotate()
-            part = source[start:start + len(buffer)]
-            copied.synchronize()
-            buffer[:len(part)] = part
-            self.gpu.call(self.gpu.driver.cuMemcpyHtoDAsync(
-                pointer(place) + start, buffer.ctypes.data, len(part), self.gpu.handle))
-            copied.record(self.gpu.stream)
-
-
-class KernelError(RuntimeError):
-    """The GPU could not do what it was asked."""
-
-
-def pointer(array) -> int:
-    """The device address of an array."""
-    return array.__cuda_array_interface__["data"][0]
 
 
 def gpu_problem() -> str | None:
@@ -1269,8 +1259,8 @@ def pick_device(device: str) -> str:
         raise UserError("device 'sim' needs the simulator before Numba is imported: set "
                         "NUMBA_ENABLE_CUDASIM=1 before Python starts (the command line does it "
                         "itself)")
-    if device in ("cpu", "sim") or device == "auto" and kernels.SIMULATOR:
-        return "sim" if device == "sim" else "cpu"
+    if device in ("cpu", "sim"):
+        return device
     problem = "NUMBA_ENABLE_CUDASIM=1 is set, so Numba has only its simulator: unset it, or use " \
         "--device sim" if kernels.SIMULATOR else gpu_problem()
     if problem and device == "cuda":
@@ -1506,16 +1496,9 @@ class Engine:
         """On the CPU as float32; on the GPU in self.dtype, each byte copied there once."""
         if self.device == "cpu":
             return checkpoint.load(new_float32, copy_to_float32)
-
-        def new(*shape: int):
-            return self.place.empty(shape, self.elements)
-        if self.device == "sim":
-            return checkpoint.load(new, lambda place, tensor: self.place.upload(
-                place, as_elements(tensor, self.dtype)))
-        staging = PinnedStaging(self.place, self.dtype)
-        weights = checkpoint.load(new, staging.put)
-        self.place.stream.synchronize()            # before the pinned buffers are given back
-        return weights
+        return checkpoint.load(
+            lambda *shape: self.place.empty(shape, self.elements),
+            lambda place, tensor: self.place.upload(place, as_elements(tensor, self.dtype)))
 
     def allocate_buffers(self, num_blocks: int) -> None:
         """Everything a step reads and writes, at fixed places: graphs remember addresses."""
@@ -1544,7 +1527,7 @@ class Engine:
         self.partial = new((num_splits, H, D + 2) if self.rung == "tensor" else (1, 1, 1),
                            np.float32)
         # the flat arrays of a step, one behind another; its shape says where each begins
-        self.step_buffer = new(3 * T + 4 * B + 1, np.int32)
+        self.step_buffer = new(3 * T + 5 * B + 1, np.int32)
         self.decode_inputs = new(2 * B, np.int32)
         self.starts = self.on_device(np.arange(B + 1, dtype=np.int32))    # one query each
         # a row for each request that runs, kept where the steps find it; the last is nobody's
@@ -1867,22 +1850,23 @@ class Engine:
     def view_step(self, kind: str, T: int, B: int) -> Step:
         """The arrays of a step of this shape, in step_buffer one behind another:
 
-        tokens T | positions T | slots T | seq_lens B | rows B | sample_rows B | query_starts B + 1
+        tokens T | positions T | slots T | seq_lens B | rows B | sample_rows B | last_tokens B |
+        query_starts B + 1
         """
         key = (kind, T, B)
         if key not in self.views:
-            buffer = self.step_buffer
-            tokens, positions, slots = (buffer[i * T:(i + 1) * T] for i in range(3))
-            seq_lens, rows, sample_rows = (buffer[3 * T + i * B:3 * T + (i + 1) * B]
-                                           for i in range(3))
-            query_starts, inputs = buffer[3 * T + 3 * B:3 * T + 4 * B + 1], None
+            packed = self.step_buffer[:3 * T + 5 * B + 1]
+            tokens, positions, slots = (packed[i * T:(i + 1) * T] for i in range(3))
+            seq_lens, rows, sample_rows, last_tokens = (packed[3 * T + i * B:3 * T + (i + 1) * B]
+                                                        for i in range(4))
+            query_starts, inputs = packed[3 * T + 4 * B:], None
             if kind == "decode":       # what seldom changes lies where it can stay
                 inputs = self.decode_inputs[:2 * B].reshape(2, B)
                 rows = sample_rows = inputs[0]
-                query_starts = self.starts[:B + 1]
+                last_tokens, query_starts = self.starts[:B], self.starts[:B + 1]
             self.views[key] = Step(kind, T, B, tokens, positions, slots, seq_lens, rows,
-                                   sample_rows, query_starts, self.sampled[:B],
-                                   buffer[:3 * T + 4 * B + 1], inputs)
+                                   sample_rows, last_tokens, query_starts, self.sampled[:B],
+                                   packed, inputs)
         return self.views[key]
 
     def pack_prefill(self, batch: Batch) -> Step:
@@ -1892,10 +1876,10 @@ class Engine:
         step = self.view_step(kind, self.padded_tokens(batch.num_tokens),
                            self.padded_requests(len(batch.sequences)))
         T, B = step.T, step.B
-        flat = np.zeros(3 * T + 4 * B + 1, np.int32)
+        flat = np.zeros(3 * T + 5 * B + 1, np.int32)
         tokens, positions, slots = flat[:3 * T].reshape(3, T)
-        seq_lens, rows, sample_rows = flat[3 * T:3 * T + 3 * B].reshape(3, B)
-        query_starts = flat[3 * T + 3 * B:]
+        seq_lens, rows, sample_rows, last_tokens = flat[3 * T:3 * T + 4 * B].reshape(4, B)
+        query_starts = flat[3 * T + 4 * B:]
         slots[:] = len(self.allocator.ref_counts) * P          # padding: the block of nobody
         rows[:] = sample_rows[:] = nobody
         start = 0
@@ -1906,7 +1890,7 @@ class Engine:
             slots[part] = blocks[where // P] * P + where % P
             seq_lens[b], rows[b] = end, seq.row
             start += count
-            query_starts[b + 1] = start
+            last_tokens[b], query_starts[b + 1] = start - 1, start
         query_starts[len(batch.sequences) + 1:] = start        # padded requests have no queries
         for b in batch.ready:
             sample_rows[b] = batch.sequences[b].row
@@ -1936,7 +1920,7 @@ class Engine:
                                   self.block_size, kernels.SPLIT)
         self.forward(step)
         if step.kind != "chunk":
-            self.compute_logits(step.query_starts[1:], step.B)
+            self.compute_logits(step.last_tokens, step.B)
             self.sample(step)
 
     def forward(self, step: Step) -> None:
@@ -1967,11 +1951,11 @@ class Engine:
             matmul(delta, act, w.w_down)                                  # (T, F) -> (T, C)
         ops.add(x, delta)
 
-    def compute_logits(self, ends, B: int):
-        """Logits (B, V) of the rows of x before `ends` (B,), at most max_num_seqs; no other row
+    def compute_logits(self, indices, B: int):
+        """Logits (B, V) of the rows of x at `indices` (B,), at most max_num_seqs; no other row
         needs them."""
         last, h, logits = self.last[:B], self.h[:B], self.logits[:B]
-        self.ops.last_rows(last, ends, self.x)
+        self.ops.embedding(last, indices, self.x)                         # a gather of rows of x
         self.ops.rmsnorm(h, last, self.weights.norm, self.cfg.rms_norm_eps)
         self.ops.matmul_decode(logits, h, self.weights.lm_head)           # (B, C) -> (B, V)
         return logits
@@ -2081,8 +2065,8 @@ class Engine:
             first, last = max(computed, len(scored) - 1), min(end, len(ids) - 1)
             for i in range(first, last, self.max_num_seqs):
                 positions = np.arange(i, min(i + self.max_num_seqs, last), dtype=np.int32)
-                ends = self.on_device(positions - computed + start - count + 1)
-                logits = self.place.download(self.compute_logits(ends, len(positions)))
+                indices = self.on_device(positions - computed + start - count)
+                logits = self.place.download(self.compute_logits(indices, len(positions)))
                 for position, row in zip(positions, logits):
                     scored.append(self.logprobs_of(row, ids[position + 1], wanted))
 
