@@ -100,9 +100,21 @@ def instruction(text, *operands, keep=True):
         context = inspect.Parameter("typing_context", inspect.Parameter.POSITIONAL_ONLY)
         parameters = inspect.signature(emulation).parameters.values()
         define.__signature__ = inspect.Signature([context, *parameters])
-        define.__name__, define.__doc__ = emulation.__name__, emulation.__doc__
-        return intrinsic(define)
+        define.__doc__ = emulation.__doc__
+        return named_intrinsic(emulation.__name__, define)
     return decorate
+
+
+def named_intrinsic(name, define):
+    """A Numba intrinsic that is the same in every process.
+
+    Numba tells intrinsics apart by random numbers, and finds a kernel that a factory made in its
+    disk cache by everything that the kernel refers to: the numbers would make it miss each time.
+    """
+    define.__name__ = name
+    made = intrinsic(define)
+    made._set_uuid(f"{__name__}.{name}")
+    return made
 
 
 def typed_instruction(text, operands, keep, given):
@@ -412,7 +424,7 @@ if SIMULATOR:
     def wait_for_inputs():
         """Waits until all kernels before this one have ended and their writes are visible."""
 else:
-    def dependent_launch(text):
+    def dependent_launch(name, text):
         """An instruction that GPUs before Hopper neither have nor need."""
         def define(typing_context):
             def emit(context, builder, signature, values):
@@ -421,10 +433,10 @@ else:
                     emit_instruction(text, (), True, context, builder, [])
                 return context.get_dummy_value()
             return types.void(), emit
-        return intrinsic(define)
+        return named_intrinsic(name, define)
 
-    start_next_kernel = dependent_launch("griddepcontrol.launch_dependents;")
-    wait_for_inputs = dependent_launch("griddepcontrol.wait;")
+    start_next_kernel = dependent_launch("start_next_kernel", "griddepcontrol.launch_dependents;")
+    wait_for_inputs = dependent_launch("wait_for_inputs", "griddepcontrol.wait;")
 
 
 # The three element types: `widen` reads one as float32, `narrow` rounds a float32 to an array's.
@@ -443,7 +455,6 @@ if SIMULATOR:
         with np.errstate(over="ignore"):
             return like.dtype.type(x)
 else:
-    @intrinsic
     def widen(typing_context, x):
         """float32 of an element: bfloat16 is the upper half of a float32 (lesson 2)."""
         def emit(context, builder, signature, values):
@@ -453,7 +464,6 @@ else:
             return context.cast(builder, values[0], x, types.float32)
         return types.float32(x), emit
 
-    @intrinsic
     def narrow(typing_context, x, like):
         """A float32 as an element of `like`, rounded to nearest even."""
         def emit(context, builder, signature, values):
@@ -467,6 +477,8 @@ else:
                 return builder.trunc(builder.lshr(rounded, word(16)), ir.IntType(16))
             return context.cast(builder, values[0], types.float32, like.dtype)
         return like.dtype(types.float32, like), emit
+
+    widen, narrow = named_intrinsic("widen", widen), named_intrinsic("narrow", narrow)
 
 
 # -----------------------------------------------------------------------------
