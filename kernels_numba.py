@@ -40,7 +40,7 @@ from types import SimpleNamespace
 
 import ml_dtypes
 import numpy as np
-from numba import config, cuda, float32, int32, uint16, uint32, uint64
+from numba import config, cuda, float32, int32, int64, uint16, uint32, uint64
 
 SIMULATOR = bool(config.ENABLE_CUDASIM)
 if SIMULATOR:
@@ -315,6 +315,18 @@ def load_16_bytes(words, i, array, index):
     words[i:i + 4] = flat(array)[index:index + 16 // array.dtype.itemsize].view(np.uint32)
 
 
+@instruction("ld.global.v4.f32 {0}, [{1}];", "=4f", "global")
+def load_4_floats(floats, i, array, index):
+    """Four float32, of which the first must lie at a multiple of 16 bytes."""
+    floats[i:i + 4] = flat(array)[index:index + 4]
+
+
+@instruction("ld.shared.v4.u32 {0}, [{1}];", "=4r", "shared")
+def load_shared(words, i, array, index):
+    """16 bytes of shared memory, which must lie at a multiple of 16."""
+    words[i:i + 4] = array[index:index + 4]
+
+
 @instruction("ld.global.u32 {0}, [{1}];", "=r", "global")
 def load_pair(array, index):
     """Two 16-bit elements, the first in the lower half of the word."""
@@ -337,8 +349,14 @@ def pack(low, high, like):
 @instruction("cp.async.cg.shared.global [{0}], [{1}], 16, {2};", "shared", "global", "r")
 def copy_async(target, i, source, index, size):
     """Starts a copy of 16 bytes to shared memory, past the registers; size 0 writes zeros."""
-    count = 16 // target.dtype.itemsize
-    target[i:i + count] = flat(source)[index:index + count].view(target.dtype) if size else 0
+    values = flat(source)[index:index + 16 // source.dtype.itemsize].view(target.dtype)
+    target[i:i + len(values)] = values if size else 0
+
+
+@instruction("cp.async.cg.shared.global.L2::256B [{0}], [{1}], 16;", "shared", "global")
+def stream_async(target, i, source, index):
+    """The same, always; its neighbours in memory are about to be wanted, too."""
+    copy_async(target, i, source, index, 16)
 
 
 @instruction("cp.async.commit_group;")
@@ -354,6 +372,11 @@ def copies_wait_all():
 @instruction("cp.async.wait_group 1;")
 def copies_wait_but_1():
     """Waits until at most the newest group of this thread is under way."""
+
+
+@instruction("cp.async.wait_group 5;")
+def copies_wait_but_5():
+    """Waits until at most the newest five groups of this thread are under way."""
 
 
 def matrices_of(given, transpose):
@@ -411,6 +434,29 @@ def mma(c, i, a, j, b, k, like):
     kind = np.float16 if like.dtype == np.float16 else ml_dtypes.bfloat16
     c[i:i + 4] = together((c[i:i + 4].copy(), a[j:j + 4].copy(), b[k:k + 2].copy()),
                           lambda given: multiply_fragments(given, kind))
+
+
+# Thread blocks meet by counting (section 10): what a thread wrote before an add that releases, is
+# seen by who acquires a count that includes it.
+
+
+@instruction("red.release.gpu.global.add.u32 [{0}], {1};", "global", "r")
+def add_release(array, index, count):
+    """Adds to a word of global memory, after all that was written before."""
+    array[index] += count
+
+
+@instruction("atom.acq_rel.gpu.global.add.u32 {0}, [{1}], {2};", "=r", "global", "r")
+def add_acquire(array, index, count):
+    """Adds to a word of global memory, and returns what it was."""
+    array[index] += count
+    return array[index] - count
+
+
+@instruction("ld.acquire.gpu.global.u32 {0}, [{1}];", "=r", "global")
+def load_acquire(array, index):
+    """A word of global memory, before all that is read afterwards."""
+    return array[index]
 
 
 # Programmatic dependent launch: a kernel may begin while the one before it still runs. Invariant:
@@ -1770,9 +1816,12 @@ def attention_tiled(out, qkv, k_cache, v_cache, block_tables, rows, query_starts
 # ---- decode: a warp walks tiles of 16 keys for R query heads at once ----
 
 DECODE_WARPS = 2 if SIMULATOR else 8
-SPLIT = 256                                # tokens of context that one thread block takes
+SPLIT = 512                                # tokens of context that one thread block takes
+QUERIES_AT, TURNED_AT = 6144, 7168         # words of shared memory in front of the newest heads,
+                                           # as elements in pairs, and as float32
+PARTS = 2 if SIMULATOR else 4              # thread blocks that share the K of a matmul, section 10
 WHOLE = 1 << 30                            # a split that no context exceeds
-DECODE_THREAD_BLOCKS = 512                 # several for each multiprocessor of a large GPU
+DECODE_THREAD_BLOCKS = 3 if SIMULATOR else 264         # two for each multiprocessor of an H100
 
 
 def count_splits(seq_lens, split):
@@ -1781,162 +1830,336 @@ def count_splits(seq_lens, split):
     return np.array([0, *np.cumsum(counts), *np.repeat(np.arange(len(counts)), counts)], np.int32)
 
 
-def make_paged_decode(D):
-    """The kernel for one head_dim, a multiple of 64 up to 256."""
+def make_attend_splits(D, FUSED):
+    """The device function for one head_dim, a multiple of 64 up to 256. FUSED: what the newest
+    token adds, its q, k and v, still lies in `parts`, where the thread blocks left it that shared
+    the K of their matmul; RoPE and the write of k and v happen here, too."""
     VECTORS = D // 64                      # 16-byte pieces of a value row for a lane
-    K_WORDS, V_WORDS, Q_WORDS = 2 * D // 32 * 4, 4 * VECTORS * 4, D // 16 * 4
+    K_WORDS, Q_WORDS = D // 4, D // 16 * 4
+    TILE_WORDS = 2 * K_WORDS               # of keys, then of values
+    TILES = 2 if D == 64 else 1            # under way at once, as far as there are registers
+    WORDS = TILES * TILE_WORDS
     OUTS = D // 8 * 4
 
     @cuda.jit(device=True)
-    def load_tile(k_words, v_words, k_cache, v_cache, table, g, first, S):
-        """Keys first to first + 15 as B fragments, and the values a lane needs; past the context
-        the last token again, which the mask then takes out."""
+    def load_tile(words, at, k_cache, v_cache, table, g, first, end):
+        """Keys first to first + 15 as B fragments, and the values a lane needs; past the end the
+        last token again, which the mask then takes out."""
         P, G, lane = k_cache.shape[1], k_cache.shape[2], cuda.threadIdx.x % WARP
-        s = min(first + lane % 16, S - 1)
+        s = min(first + lane % 16, end - 1)
         slot = uint32(table[s // P] * P + s % P)               # of the key lane % 16
         for half in range(2):
-            at = (int32(shuffle(slot, half * 8 + lane // 4)) * G + g) * D + lane % 4 * 8
+            key = (int32(shuffle(slot, half * 8 + lane // 4)) * G + g) * D + lane % 4 * 8
             for step in range(D // 32):
-                load_16_bytes(k_words, (half * (D // 32) + step) * 4, k_cache, at + step * 32)
+                load_16_bytes(words, at + (half * (D // 32) + step) * 4, k_cache, key + step * 32)
         for i in range(4):                                     # values of the keys of a B fragment
-            at = (int32(shuffle(slot, lane % 4 * 2 + i % 2 + i // 2 * 8)) * G + g) * D
+            value = (int32(shuffle(slot, lane % 4 * 2 + i % 2 + i // 2 * 8)) * G + g) * D
             for n in range(VECTORS):
-                load_16_bytes(v_words, (n * 4 + i) * 4, v_cache, at + n * 64 + lane // 4 * 8)
+                load_16_bytes(words, at + K_WORDS + (n * 4 + i) * 4, v_cache,
+                              value + n * 64 + lane // 4 * 8)
 
-    @cuda.jit(cache=True)
-    def paged_decode_kernel(partial, qkv, k_cache, v_cache, block_tables, rows, seq_lens, splits,
-                            split):
-        """partial softmax sums of R query heads over one split of one context
+    @cuda.jit(device=True)
+    def load_queries(q, words, qkv, b, g, R, G):
+        """R heads as an A fragment, whose rows past them repeat the last; the k order is that of
+        the key vectors: lane l has 8 elements from 8*(l%4) of each 32."""
+        lane, heads = cuda.threadIdx.x % WARP, R * G + 2 * G
+        for half in range(2):
+            at = (b * heads + g * R + min(lane // 4 + half * 8, R - 1)) * D + lane % 4 * 8
+            for step in range(D // 32):
+                load_16_bytes(words, 0, qkv, at + step * 32)
+                for w in range(4):
+                    q[(step * 2 + w // 2) * 4 + w % 2 * 2 + half] = words[w]
 
-        partial          (J, H, D+2)       f32        written: sum of exp(x - m) v, then m and l
-        qkv              (B, H+2G, D)      f16 bf16   q read
-        k_cache, v_cache (blocks, P, G, D) as qkv     read once
-        block_tables     (rows, blocks)    i32        read
-        rows, seq_lens   (B,)              i32        read
-        splits           (B+1+J,)          i32        read: see begin_decode_ref
-        launch grid (any number, G), thread block of DECODE_WARPS warps; a thread block takes every
-               gridDim.x-th split, a warp every DECODE_WARPS-th tile of 16 keys in it
-        shared 4*DECODE_WARPS*R*(D+2) bytes: the sums of each warp
-        moves  2*B*S*G*D*E bytes, does 4*B*H*S*D flops: bandwidth-bound
-        needs  D % 64 == 0, D <= 256, R <= 16, one query each   (asserted in the launcher), sm_80
-        twin   paged_attention_ref      paper  arXiv:2309.06180, Flash-Decoding
+    @cuda.jit(device=True)
+    def turn_heads(sums, shared_words, k_cache, v_cache, parts, cos, sin, slots, like, b, g, R, G,
+                   position, newest, scale):
+        """The R heads of q, rotated, to shared memory; with the newest token's split its k and v
+        to their block, and its own part of the attention to sums[DECODE_WARPS]: one key, whose
+        weight is 1. A warp takes a head, a lane two channels of each half of it."""
+        lane, warp, heads = cuda.threadIdx.x % WARP, cuda.threadIdx.x // WARP, R * G + 2 * G
+        B, P = slots.shape[0], k_cache.shape[1]
+        at = (slots[b] * G + g) * D
+        for turned in range(warp, R + 2 if newest else R, DECODE_WARPS):
+            head = g * R + turned
+            if turned >= R:
+                head = R * G + (turned - R) * G + g
+            for i in range(lane * 2, D // 2, WARP * 2):
+                low, high, low_1, high_1 = ZERO, ZERO, ZERO, ZERO
+                for part in range(PARTS):
+                    j = ((part * B + b) * heads + head) * D + i
+                    low += parts[j]
+                    low_1 += parts[j + 1]
+                    high += parts[j + D // 2]
+                    high_1 += parts[j + D // 2 + 1]
+                c, s, c_1, s_1 = (cos[position, i], sin[position, i], cos[position, i + 1],
+                                  sin[position, i + 1])
+                # subtle: an element before it is rotated, as in every rung
+                low, high = widen(narrow(low, like)), widen(narrow(high, like))
+                low_1, high_1 = widen(narrow(low_1, like)), widen(narrow(high_1, like))
+                if turned <= R:
+                    low, high = low * c - high * s, high * c + low * s
+                    low_1, high_1 = low_1 * c_1 - high_1 * s_1, high_1 * c_1 + low_1 * s_1
+                one, two = pack(low, low_1, like), pack(high, high_1, like)
+                if turned < R:
+                    shared_words[QUERIES_AT + (turned * D + i) // 2] = one
+                    shared_words[QUERIES_AT + (turned * D + D // 2 + i) // 2] = two
+                elif turned == R:
+                    store_pair(k_cache, at + i, one)
+                    store_pair(k_cache, at + D // 2 + i, two)
+                else:
+                    store_pair(v_cache, at + i, one)
+                    store_pair(v_cache, at + D // 2 + i, two)
+                j = TURNED_AT + turned * D + i
+                sums[j], sums[j + 1] = widen(narrow(low, like)), widen(narrow(low_1, like))
+                sums[j + D // 2] = widen(narrow(high, like))
+                sums[j + D // 2 + 1] = widen(narrow(high_1, like))
+        cuda.syncthreads()                 # else q and k are read before they are written
+        for r in range(warp, R, DECODE_WARPS):
+            to, dot = (DECODE_WARPS * R + r) * (D + 2), ZERO
+            for i in range(lane, D, WARP):
+                value = ZERO
+                if newest:
+                    dot += sums[TURNED_AT + r * D + i] * sums[TURNED_AT + R * D + i]
+                    value = sums[TURNED_AT + (R + 1) * D + i]
+                sums[to + i] = value
+            dot = warp_sum(dot)
+            if lane == 0:
+                sums[to + D], sums[to + D + 1] = dot * scale if newest else NEG_INF, ONE
+
+    @cuda.jit(device=True)
+    def load_turned(q, words, shared_words, R):
+        """load_queries from shared memory."""
+        lane = cuda.threadIdx.x % WARP
+        for half in range(2):
+            at = QUERIES_AT + (min(lane // 4 + half * 8, R - 1) * D + lane % 4 * 8) // 2
+            for step in range(D // 32):
+                load_shared(words, 0, shared_words, at + step * 16)
+                for w in range(4):
+                    q[(step * 2 + w // 2) * 4 + w % 2 * 2 + half] = words[w]
+
+    @cuda.jit(device=True)
+    def add_tile(acc, m, l, q, words, at, x, p, b_words, first, end, scale, qkv):
+        """The online softmax of R heads, a tile of 16 keys further."""
+        lane = cuda.threadIdx.x % WARP
+        for i in range(8):
+            x[i] = ZERO
+        for half in range(2):                                  # x (16 heads, 16 keys) = q @ k.T
+            for step in range(D // 16):
+                mma(x, half * 4, q, step * 4, words, at + half * (D // 8) + step * 2, qkv)
+        for i in range(8):
+            if first + i // 4 * 8 + lane % 4 * 2 + i % 2 >= end:
+                x[i] = NEG_INF
+        for half in range(2):
+            new_m = max(max(x[half * 2], x[half * 2 + 1]), max(x[half * 2 + 4], x[half * 2 + 5]))
+            new_m = max(new_m, shuffle_xor(new_m, 1))
+            new_m = max(m[half], max(new_m, shuffle_xor(new_m, 2)))
+            rescale, shift = exp2((m[half] - new_m) * scale), new_m * scale
+            m[half] = new_m
+            l[half] *= rescale
+            for n in range(OUTS // 4):
+                acc[n * 4 + half * 2] *= rescale
+                acc[n * 4 + half * 2 + 1] *= rescale
+            for i in range(4):
+                j = half * 2 + i // 2 * 4 + i % 2
+                x[j] = exp2(x[j] * scale - shift)
+                l[half] += x[j]
+        for i in range(4):
+            p[i] = pack(x[i * 2], x[i * 2 + 1], qkv)
+        # mma wants pairs (v[key, d], v[key + 1, d]), memory has (v[key, d], v[key, d + 1]) in a
+        # word: half 0 joins the lower halves of both keys' words, half 1 the upper ones. Column
+        # l//4 of the mma for word w is then channel 8*(l//4) + 2w + half
+        for n in range(VECTORS):
+            for w in range(4):
+                for half in range(2):
+                    for i in range(2):
+                        value = at + K_WORDS + (n * 4 + i * 2) * 4 + w
+                        one, two = words[value], words[value + 4]
+                        if half == 0:
+                            b_words[i] = uint32(one & uint32(0xFFFF)) | uint32(two << uint32(16))
+                        else:
+                            b_words[i] = uint32(one >> uint32(16)) | uint32(
+                                two & uint32(0xFFFF0000))
+                    mma(acc, (n * 8 + w * 2 + half) * 4, p, 0, b_words, 0, qkv)
+
+    @cuda.jit(device=True)
+    def store_sums(sums, acc, m, l, R, scale):
+        """sums[warp, r, D+2]: channels back in their order, then m and l."""
+        lane, warp = cuda.threadIdx.x % WARP, cuda.threadIdx.x // WARP
+        for half in range(2):
+            total = l[half] + shuffle_xor(l[half], 1)
+            total += shuffle_xor(total, 2)
+            r = lane // 4 + half * 8
+            if r < R:
+                at = (warp * R + r) * (D + 2)
+                for n in range(OUTS // 4):
+                    for i in range(2):
+                        channel = n // 8 * 64 + (lane % 4 * 2 + i) * 8 + n % 8
+                        sums[at + channel] = acc[n * 4 + half * 2 + i]
+                sums[at + D], sums[at + D + 1] = m[half] * scale, total
+
+    @cuda.jit(device=True)
+    def join_warps(out, partial, sums, b, g, j, R, count, only):
+        """`count` sums together: the attention itself if this is the context's only split,
+        otherwise a part of it."""
+        for i in range(cuda.threadIdx.x, R * D, WARP * DECODE_WARPS):
+            r, d = i // D, i % D
+            m, l, o = NEG_INF, ZERO, ZERO
+            for w in range(count):
+                m = max(m, sums[(w * R + r) * (D + 2) + D])
+            for w in range(count):
+                at = (w * R + r) * (D + 2)
+                weight = exp2(sums[at + D] - m)                # a warp without keys has m = -inf
+                l += sums[at + D + 1] * weight
+                o += sums[at + d] * weight
+            if only:
+                out[b, g * R + r, d] = narrow(o / l, out)
+            else:
+                partial[j, g * R + r, d] = o
+                if d == 0:
+                    partial[j, g * R + r, D], partial[j, g * R + r, D + 1] = m, l
+
+    @cuda.jit(device=True)
+    def locate(item, G, seq_lens, splits, rows, split):
+        """b, the row of its block table, the first key and the length of the context of an item: an
+        item is a KV head of a split."""
+        b = splits[seq_lens.shape[0] + 1 + item // G]
+        first, S = (item // G - splits[b]) * split, seq_lens[b]
+        return b, rows[b], first, S
+
+    @cuda.jit(device=True)
+    def attend_splits(out, partial, sums, shared_words, qkv, parts, cos, sin, slots, k_cache,
+                      v_cache, block_tables, rows, seq_lens, splits, arrivals, goal, split):
+        """Attention of every gridDim.x-th item, and returns the goal of the next meeting.
+
+        A whole thread block works on an item, a warp on every DECODE_WARPS-th tile of 16 keys.
+        While a tile is used the next is under way, even that of the next item.
         """
-        sums = cuda.shared.array(0, float32)
+        words = cuda.local.array(WORDS, uint32)
         q = cuda.local.array(Q_WORDS, uint32)
-        k_words = cuda.local.array(K_WORDS, uint32)
-        v_words = cuda.local.array(V_WORDS, uint32)
+        q_words = cuda.local.array(4, uint32)
         x = cuda.local.array(8, float32)
         p = cuda.local.array(4, uint32)
         b_words = cuda.local.array(2, uint32)
         acc = cuda.local.array(OUTS, float32)
         m = cuda.local.array(2, float32)
         l = cuda.local.array(2, float32)
-        start_next_kernel()
-        wait_for_inputs()
-        tid, lane, warp = cuda.threadIdx.x, cuda.threadIdx.x % WARP, cuda.threadIdx.x // WARP
-        B, H, G = seq_lens.shape[0], partial.shape[1], k_cache.shape[2]
-        g, R, scale = cuda.blockIdx.y, H // G, LOG2E / math.sqrt(float32(D))
-
-        for item in range(cuda.blockIdx.x, splits[B], cuda.gridDim.x):
-            b = splits[B + 1 + item]
-            first = (item - splits[b]) * split
-            end = min(first + split, seq_lens[b])
-            table = block_tables[rows[b]]
-            # rows of the fragment past the R heads repeat the last; lane l's k order is that of
-            # the key vectors: 8 elements from 8*(l%4) of each 32
+        warp, B = cuda.threadIdx.x // WARP, seq_lens.shape[0]
+        G, H = k_cache.shape[2], out.shape[1]
+        R, scale, width = H // G, LOG2E / math.sqrt(float32(D)), DECODE_WARPS * 16
+        item, stride, items = int64(cuda.blockIdx.x), cuda.gridDim.x, splits[B] * G
+        sums_count = DECODE_WARPS + 1 if FUSED else DECODE_WARPS
+        b, row, first, S, end = 0, 0, 0, 0, 0
+        if item < items:
+            b, row, first, S = locate(item, G, seq_lens, splits, rows, split)
+            end = min(first + split, S - 1 if FUSED else S)
+            for i in range(TILES):
+                load_tile(words, i * TILE_WORDS, k_cache, v_cache, block_tables[row], item % G,
+                          first + i * width + warp * 16, end)
+        if FUSED:                          # what comes from this step is there after this, not before
+            goal = meet_thread_blocks(arrivals, goal)
+        while item < items:
+            g, this_b, this_end, this_S, this_first = item % G, b, end, S, first
+            next_row, next_first, next_S = row, first, S
+            if item + stride < items:
+                b, next_row, next_first, next_S = locate(item + stride, G, seq_lens, splits, rows,
+                                                         split)
+            next_end = min(next_first + split, next_S - 1 if FUSED else next_S)
+            if FUSED:
+                newest = this_first + split >= this_S
+                turn_heads(sums, shared_words, k_cache, v_cache, parts, cos, sin, slots, out, this_b,
+                           g, R, G, this_S - 1, newest, scale)
+                load_turned(q, q_words, shared_words, R)
+            else:
+                load_queries(q, q_words, qkv, this_b, g, R, G)
             for half in range(2):
-                at = (b * (H + 2 * G) + g * R + min(lane // 4 + half * 8, R - 1)) * D
-                for step in range(D // 32):
-                    load_16_bytes(k_words, 0, qkv, at + step * 32 + lane % 4 * 8)
-                    for w in range(4):
-                        q[(step * 2 + w // 2) * 4 + w % 2 * 2 + half] = k_words[w]
                 m[half], l[half] = NEG_INF, ZERO
             for i in range(OUTS):
                 acc[i] = ZERO
-
-            for s0 in range(first + warp * 16, end, DECODE_WARPS * 16):
-                load_tile(k_words, v_words, k_cache, v_cache, table, g, s0, end)
-                for i in range(8):
-                    x[i] = ZERO
-                for half in range(2):                          # x (16 heads, 16 keys) = q @ k.T
-                    for step in range(D // 16):
-                        mma(x, half * 4, q, step * 4, k_words, half * (D // 8) + step * 2, qkv)
-                for i in range(8):
-                    if s0 + i // 4 * 8 + lane % 4 * 2 + i % 2 >= end:
-                        x[i] = NEG_INF
-                for half in range(2):
-                    new_m = max(max(x[half * 2], x[half * 2 + 1]),
-                                max(x[half * 2 + 4], x[half * 2 + 5]))
-                    new_m = max(new_m, shuffle_xor(new_m, 1))
-                    new_m = max(m[half], max(new_m, shuffle_xor(new_m, 2)))
-                    rescale, shift = exp2((m[half] - new_m) * scale), new_m * scale
-                    m[half] = new_m
-                    l[half] *= rescale
-                    for n in range(OUTS // 4):
-                        acc[n * 4 + half * 2] *= rescale
-                        acc[n * 4 + half * 2 + 1] *= rescale
-                    for i in range(4):
-                        at = half * 2 + i // 2 * 4 + i % 2
-                        x[at] = exp2(x[at] * scale - shift)
-                        l[half] += x[at]
-                for i in range(4):
-                    p[i] = pack(x[i * 2], x[i * 2 + 1], qkv)
-                # mma wants pairs (v[key, d], v[key + 1, d]), memory has (v[key, d], v[key, d + 1])
-                # in a word: half 0 joins the lower halves of both keys' words, half 1 the upper
-                # ones. Column l//4 of the mma for word w is then channel 8*(l//4) + 2w + half
-                for n in range(VECTORS):
-                    for w in range(4):
-                        for half in range(2):
-                            for i in range(2):
-                                one, two = v_words[(n * 4 + i * 2) * 4 + w], v_words[
-                                    (n * 4 + i * 2 + 1) * 4 + w]
-                                if half == 0:
-                                    b_words[i] = uint32(one & uint32(0xFFFF)) | uint32(
-                                        two << uint32(16))
-                                else:
-                                    b_words[i] = uint32(one >> uint32(16)) | uint32(
-                                        two & uint32(0xFFFF0000))
-                            mma(acc, (n * 8 + w * 2 + half) * 4, p, 0, b_words, 0, qkv)
-
-            # sums[warp, r, D+2]
-            for half in range(2):
-                total = l[half] + shuffle_xor(l[half], 1)
-                total += shuffle_xor(total, 2)
-                r = lane // 4 + half * 8
-                if r < R:
-                    at = (warp * R + r) * (D + 2)
-                    for n in range(OUTS // 4):
-                        for i in range(2):             # channels back in their order
-                            channel = n // 8 * 64 + (lane % 4 * 2 + i) * 8 + n % 8
-                            sums[at + channel] = acc[n * 4 + half * 2 + i]
-                    sums[at + D], sums[at + D + 1] = m[half] * scale, total
+            s, rounds = this_first + warp * 16, ceil_div_int(this_end - this_first, TILES * width)
+            for round_ in range(max(rounds, 1)):
+                last = round_ + 1 >= rounds
+                table, more = block_tables[next_row if last else row], not last or (
+                    item + stride < items)
+                limit = next_end if last else this_end
+                for i in range(TILES):
+                    if s + i * width < this_end:
+                        add_tile(acc, m, l, q, words, i * TILE_WORDS, x, p, b_words, s + i * width,
+                                 this_end, scale, out)
+                    ahead = next_first + warp * 16 if last else s + TILES * width
+                    if more:
+                        load_tile(words, i * TILE_WORDS, k_cache, v_cache, table,
+                                  (item + stride) % G if last else g, ahead + i * width, limit)
+                s += TILES * width
+            store_sums(sums, acc, m, l, R, scale)
             cuda.syncthreads()             # else a warp's sums are read before they are written
-            for i in range(tid, R * D, WARP * DECODE_WARPS):
-                r, d = i // D, i % D
-                m_all, l_all, o = NEG_INF, ZERO, ZERO
-                for w in range(DECODE_WARPS):
-                    m_all = max(m_all, sums[(w * R + r) * (D + 2) + D])
-                for w in range(DECODE_WARPS):
-                    at = (w * R + r) * (D + 2)
-                    weight = exp2(sums[at + D] - m_all)        # a warp without keys has m = -inf
-                    l_all += sums[at + D + 1] * weight
-                    o += sums[at + d] * weight
-                partial[item, g * R + r, d] = o
-                if d == 0:
-                    partial[item, g * R + r, D] = m_all
-                    partial[item, g * R + r, D + 1] = l_all
-            cuda.syncthreads()             # else the next split overwrites sums still being read
+            join_warps(out, partial, sums, this_b, g, item // G, R, sums_count,
+                       splits[this_b + 1] - splits[this_b] == 1)
+            cuda.syncthreads()             # else the next item overwrites sums still being read
+            row, first, S, end = next_row, next_first, next_S, next_end
+            item += stride
+        return goal
+    return attend_splits
+
+
+ATTEND_SPLITS = {(D, fused): make_attend_splits(D, fused) for D in (64, 128, 192, 256)
+                 for fused in (False, True)}
+
+
+@cuda.jit(device=True)
+def merge_head(out, partial, splits, b, h, first, stride):
+    """Joins the splits of one head, every stride-th channel from `first` on."""
+    m = NEG_INF
+    for i in range(splits[b], splits[b + 1]):
+        m = max(m, partial[i, h, out.shape[2]])
+    for d in range(first, out.shape[2], stride):
+        l, o = ZERO, ZERO
+        for i in range(splits[b], splits[b + 1]):
+            weight = exp2(partial[i, h, out.shape[2]] - m)
+            l += partial[i, h, out.shape[2] + 1] * weight
+            o += partial[i, h, d] * weight
+        out[b, h, d] = narrow(o / l, out)
+
+
+def make_paged_decode(D):
+    """The kernel for one head_dim."""
+    attend_splits = ATTEND_SPLITS[D, False]
+
+    @cuda.jit(cache=True)
+    def paged_decode_kernel(out, partial, qkv, k_cache, v_cache, block_tables, rows, seq_lens,
+                            splits, split):
+        """softmax(q k^T / sqrt(D)) v of R query heads, or its partial sums over one split
+
+        out              (B, H, D)         f16 bf16   written for contexts of one split
+        partial          (J, H, D+2)       f32        written for others: sum of exp(x - m) v, m, l
+        qkv              (B, H+2G, D)      as out     q read
+        k_cache, v_cache (blocks, P, G, D) as out     read once
+        block_tables     (rows, blocks)    i32        read
+        rows, seq_lens   (B,)              i32        read
+        splits           (B+1+J,)          i32        read: see begin_decode_ref
+        launch grid any number, thread block of DECODE_WARPS warps; they share the KV heads of all
+               splits
+        shared 4*DECODE_WARPS*R*(D+2) bytes: the sums of each warp
+        moves  2*B*S*G*D*E bytes, does 4*B*H*S*D flops: bandwidth-bound
+        needs  D % 64 == 0, D <= 256, R <= 16, one query each   (asserted in the launcher), sm_80
+        twin   paged_attention_ref      paper  arXiv:2309.06180, Flash-Decoding
+        """
+        sums = cuda.shared.array(0, float32)
+        start_next_kernel()
+        wait_for_inputs()
+        words = cuda.shared.array(0, uint32)
+        attend_splits(out, partial, sums, words, qkv, partial, partial, partial, rows, k_cache,
+                      v_cache, block_tables, rows, seq_lens, splits, words, uint32(0), split)
     return paged_decode_kernel
 
 
-PAGED_DECODE = {}                          # head_dim -> its kernel, made when it is first asked for
+PAGED_DECODE = {D: make_paged_decode(D) for D, fused in ATTEND_SPLITS if not fused}
 
 
 @cuda.jit(cache=True)
 def merge_splits_kernel(out, partial, splits):
     """out[b,h] = sum over b's splits of exp(m_i - m) o_i, over the same sum of l_i
 
-    out     (B, H, D)         f32 f16 bf16   written
+    out     (B, H, D)         f32 f16 bf16   written for contexts of several splits
     partial (J, H, D+2)       f32            read
     splits  (B+1+J,)          i32            first split of each request
     launch grid (B, H), thread block 2 * WARP; one thread owns channels
@@ -1945,17 +2168,9 @@ def merge_splits_kernel(out, partial, splits):
     """
     start_next_kernel()
     wait_for_inputs()
-    b, h, D = cuda.blockIdx.x, cuda.blockIdx.y, out.shape[2]
-    m = NEG_INF
-    for i in range(splits[b], splits[b + 1]):
-        m = max(m, partial[i, h, D])
-    for d in range(cuda.threadIdx.x, D, cuda.blockDim.x):
-        l, o = ZERO, ZERO
-        for i in range(splits[b], splits[b + 1]):
-            weight = exp2(partial[i, h, D] - m)
-            l += partial[i, h, D + 1] * weight
-            o += partial[i, h, d] * weight
-        out[b, h, d] = narrow(o / l, out)
+    b, h = cuda.blockIdx.x, cuda.blockIdx.y
+    if splits[b + 1] - splits[b] > 1:
+        merge_head(out, partial, splits, b, h, cuda.threadIdx.x, 2 * WARP)
 
 
 def paged_decode(out, qkv, k_cache, v_cache, block_tables, rows, query_starts, seq_lens, splits,
@@ -1963,15 +2178,12 @@ def paged_decode(out, qkv, k_cache, v_cache, block_tables, rows, query_starts, s
     """One thread block for each request and KV head; `splits` must be of the same `split`."""
     B, H, G, D = attention_shapes(out, qkv, k_cache, v_cache)
     assert len(seq_lens) == len(rows) == B, f"{B} queries of {len(seq_lens)} requests: one each"
-    assert D % 64 == 0 and D <= 256, f"head_dim is {D}, expected a multiple of 64 up to 256"
+    assert D in PAGED_DECODE, f"head_dim is {D}, expected a multiple of 64 up to 256"
     assert H // G <= 16, f"{H // G} query heads share a KV head, expected at most 16"
     assert partial.shape[1:] == (H, D + 2), (partial.shape, out.shape)
-    if D not in PAGED_DECODE:
-        PAGED_DECODE[D] = make_paged_decode(D)
-    # they share the splits among themselves
-    grid = (min(len(partial), max(B, ceil_div(DECODE_THREAD_BLOCKS, G))), G)
+    grid = min(len(partial) * G, DECODE_THREAD_BLOCKS)
     shared = 4 * DECODE_WARPS * (H // G) * (D + 2)
-    launch(PAGED_DECODE[D], grid, WARP * DECODE_WARPS, stream, shared, partial, qkv, k_cache,
+    launch(PAGED_DECODE[D], grid, WARP * DECODE_WARPS, stream, shared, out, partial, qkv, k_cache,
            v_cache, block_tables, rows, seq_lens, splits, np.int32(split))
     merge_splits_kernel[(B, H), 2 * WARP, stream](out, partial, splits)
 
@@ -1986,7 +2198,7 @@ def paged_decode_split(out, qkv, k_cache, v_cache, block_tables, rows, query_sta
 def fits_paged_decode(H, G, D):
     """Whether its fragments, and the sums of a thread block, have room on any GPU."""
     R = H // G
-    return D % 64 == 0 and D <= 256 and R <= 16 and 4 * DECODE_WARPS * R * (D + 2) <= 99 << 10
+    return D in PAGED_DECODE and R <= 16 and 4 * DECODE_WARPS * R * (D + 2) <= 99 << 10
 
 
 def attention_decode(out, qkv, k_cache, v_cache, *rest, stream=0):
@@ -2492,7 +2704,430 @@ def begin_decode(tokens, positions, slots, seq_lens, splits, inputs, state, bloc
 
 
 # -----------------------------------------------------------------------------
-# 10. The table of all kernels, and the rungs that the engine runs on
+# 10. A decode step as one kernel                                    (lesson 16)
+#
+# Between two kernels the memory idles: the last thread blocks of one end, those of the next start,
+# and their first loads take their time. A decode step does little but read weights, and which
+# weights it will read is known from the start. So here one thread block on each multiprocessor
+# stays for the whole step. Each warp streams its share of all weights, in the order of their use,
+# through a ring of its own in shared memory, and goes on while the thread blocks wait for each
+# other between two operations, or for attention.
+#
+#   memory -> ring of a warp   [ step ][ step ][ step ][ step ][ step ][ step ]  -> tensor cores
+#             copies start here ^ as soon as its last content is used
+#
+# A matmul is cut into items: 64 rows of a weight matrix, by all or a PARTS-th of its K. A thread
+# block takes every gridDim.x-th item, its warps share the item's K. A step is what a warp multiplies
+# at once: 64 rows by 32 along K. Sums over K are taken in the same order for any number of tokens.
+
+PERSISTENT_WARPS = DECODE_WARPS
+PERSISTENT_TOKENS = 64                     # most of one launch
+RING_STEPS = 2 if SIMULATOR else 6
+STEP_VECTORS = 8                           # 16-byte vectors of a step for a lane
+STEP_WORDS = STEP_VECTORS * 4 * WARP       # of shared memory: 4 KB
+SUM_WORDS = 8192                           # of shared memory, in front of the rings
+RING_WORDS = PERSISTENT_WARPS * RING_STEPS * STEP_WORDS
+UNIT_K = WARP * PERSISTENT_WARPS           # K of a matmul is cut into steps for each warp
+QKV, O, GATE_UP, DOWN, LM_HEAD = range(5)  # the matmuls of a layer in their order, and the last one
+OFFSET, ITEMS, SHARED, STEPS, K_SIZE, FAR = range(6)           # columns of the plan, see make_plan
+
+
+def layer_size(H, G, D, C, F):
+    """Elements of the four matrices of a layer."""
+    return (H + 2 * G) * D * C + C * H * D + 3 * F * C
+
+
+def matrices_of_layer(matrices, layer, H, G, D, C, F):
+    """Views of layer `layer` in the flat array of all weight matrices, which are in the order of
+    their use: wqkv, wo, w_gate_up, w_down of each layer, one behind another, then lm_head."""
+    at, views = layer * layer_size(H, G, D, C, F), []
+    for N, K in (((H + 2 * G) * D, C), (C, H * D), (2 * F, C), (C, F)):
+        views.append(matrices[at:at + N * K].reshape(N, K))
+        at += N * K
+    return views
+
+
+def forward_decode_ref(logits, x, h, qkv, o, act, k_cache, v_cache, parts, partial, arrivals,
+                       tokens, positions, slots, rows, seq_lens, splits, block_tables, cos, sin,
+                       embed, norms, matrices, eps):
+    """Logits of one token for each request: the whole transformer.
+
+    logits (B, V) f32, x and h (B, C), o (B, H, D), act (B, F) written, qkv (B, H+2G, D) by the twin
+    alone; k_cache
+    and v_cache (L, blocks, P, G, D) appended to; parts (floats,), partial (J, H, D+2) and arrivals
+    (1,) are workspace of the kernel; tokens, positions, slots, rows, seq_lens (B,) i32, splits and
+    block_tables as begin_decode leaves them; embed (V, C); norms (2L+1, C): before attention and
+    MLP of each layer, and the last; matrices: see matrices_of_layer.
+    """
+    B, (H, D), G, C, F = len(x), o.shape[1:], k_cache.shape[3], x.shape[1], act.shape[1]
+    delta, flat_qkv, gate_up = np.empty_like(x), qkv.reshape(B, -1), np.empty((B, 2 * F), x.dtype)
+    starts = np.arange(B + 1, dtype=np.int32)
+    embedding_ref(x, tokens, embed)
+    for l in range(len(k_cache)):
+        wqkv, wo, w_gate_up, w_down = matrices_of_layer(matrices, l, H, G, D, C, F)
+        rmsnorm_ref(h, x, norms[2 * l], eps)
+        matmul_ref(flat_qkv, h, wqkv)
+        rope_write_kv_ref(qkv, k_cache[l], v_cache[l], cos, sin, positions, slots)
+        paged_attention_ref(o, qkv, k_cache[l], v_cache[l], block_tables, rows, starts, seq_lens,
+                            splits, partial)
+        matmul_ref(delta, o.reshape(B, -1), wo)
+        add_rmsnorm_ref(h, x, delta, norms[2 * l + 1], eps)
+        matmul_silu_mul_ref(act, h, w_gate_up, gate_up)
+        matmul_ref(delta, act, w_down)
+        add_ref(x, delta)
+    rmsnorm_ref(h, x, norms[-1], eps)
+    matmul_ref(logits, h, matrices[len(k_cache) * layer_size(H, G, D, C, F):].reshape(-1, C))
+
+
+@cuda.jit(device=True)
+def meet_thread_blocks(arrivals, goal):
+    """Waits until all thread blocks have come here, and their writes are visible to all threads:
+    the next goal. Hazard: all of them must be on the GPU at the same time."""
+    cuda.syncthreads()                     # else this arrival is counted before all threads wrote
+    if cuda.threadIdx.x == 0:
+        add_release(arrivals, 0, uint32(1))
+        while load_acquire(arrivals, 0) < goal:
+            pass
+    cuda.syncthreads()                     # else a thread reads before the others have arrived
+    return uint32(goal + cuda.gridDim.x)
+
+
+@cuda.jit(device=True)
+def leave_thread_blocks(arrivals, goal):
+    """The last one to leave, when nobody can be waiting any more, sets the count back."""
+    if cuda.threadIdx.x == 0 and add_acquire(arrivals, 0, uint32(1)) == uint32(goal - 1):
+        arrivals[0] = 0
+
+
+@cuda.jit(device=True)
+def make_plan(plan, C, HD, N_QKV, F, V):
+    """plan[kind * 6 + column]: where the matrix begins in its layer, items, whether PARTS of them
+    share a K, steps of a warp in an item, K, and how many rows the far half of an item is from the
+    near one: the up rows of SwiGLU stand in an item with their gate rows."""
+    at = 0
+    for kind in range(5):
+        N, K, shared, far = V, C, 0, 32
+        if kind == QKV:
+            N, shared = N_QKV, 1
+        elif kind == O:
+            N, K, shared = C, HD, 1
+        elif kind == GATE_UP:
+            N, far = 2 * F, F
+        elif kind == DOWN:
+            N, K, shared = C, F, 1
+        parts = PARTS if shared else 1
+        plan[kind * 6 + OFFSET] = at if kind < LM_HEAD else 0
+        plan[kind * 6 + ITEMS], plan[kind * 6 + SHARED] = N // 64 * parts, shared
+        plan[kind * 6 + STEPS] = K // parts // UNIT_K
+        plan[kind * 6 + K_SIZE], plan[kind * 6 + FAR] = K, far
+        at += N * K
+
+
+@cuda.jit(device=True)
+def kind_of(matrix, num_matrices):
+    return LM_HEAD if matrix == num_matrices - 1 else matrix % 4
+
+
+# of a cursor: where in the stream of weights a warp is, and what its copies need to know
+MATRIX, ITEM, LEFT, AT, ROW_SIZE, TO_FAR = range(6)
+
+
+@cuda.jit(device=True)
+def open_item(cursor, plan, num_matrices, layer_elements):
+    """The cursor at the beginning of the item that cursor[ITEM] names, in its matrix or, past the
+    items of that, in the next: so the thread blocks that one matrix leaves without work are the
+    first to get some of the next."""
+    lane, warp = cuda.threadIdx.x % WARP, cuda.threadIdx.x // WARP
+    matrix, item = cursor[MATRIX], cursor[ITEM]
+    kind = kind_of(matrix, num_matrices) * 6
+    while matrix < num_matrices and item >= plan[kind + ITEMS]:
+        item -= plan[kind + ITEMS]
+        matrix += 1
+        kind = kind_of(matrix, num_matrices) * 6
+    cursor[MATRIX], cursor[ITEM] = matrix, item
+    if matrix < num_matrices:
+        K, group, part = plan[kind + K_SIZE], item, 0
+        if plan[kind + SHARED]:
+            group, part = item // PARTS, item % PARTS
+        row = group * (64 if plan[kind + FAR] == 32 else 32) + lane // 4
+        cursor[LEFT], cursor[ROW_SIZE], cursor[TO_FAR] = plan[kind + STEPS], K, plan[kind + FAR] * K
+        # the warps share 8 chunks of 32 along K at a time: then all of them together read long
+        # pieces of a row, which is what memory likes
+        cursor[AT] = (matrix // 4 * layer_elements + plan[kind + OFFSET] + row * K
+                      + part * plan[kind + STEPS] * UNIT_K + warp * 32 + lane % 4 * 8)
+
+
+@cuda.jit(device=True)
+def start_step(ring, place, cursor, plan, weights, num_matrices, layer_elements):
+    """Starts the copies of this warp's next step into its place in the ring. After the last step
+    of all an empty group, so that as many as ever are under way."""
+    if cursor[LEFT] == 0 and cursor[MATRIX] < num_matrices:
+        cursor[ITEM] += cuda.gridDim.x
+        open_item(cursor, plan, num_matrices, layer_elements)
+    if cursor[LEFT] > 0:
+        for tile in range(4):
+            for half in range(2):
+                at = cursor[AT] + (tile % 2 * 16 + half * 8) * cursor[ROW_SIZE]
+                if tile >= 2:
+                    at += cursor[TO_FAR]
+                stream_async(ring, place + (tile * 2 + half) * WARP * 4, weights, at)
+        cursor[AT] += UNIT_K
+        cursor[LEFT] -= 1
+    copies_commit()
+
+
+def make_forward_decode(D, MMAS_T):
+    """The kernel for one head_dim and up to 8 * MMAS_T tokens."""
+    attend_splits = ATTEND_SPLITS[D, True]
+    NUM_THREADS = WARP * PERSISTENT_WARPS
+    ACCUMULATORS = 4 * MMAS_T * 4
+    AHEAD = {1: 8, 2: 4, 4: 2, 8: 2}[MMAS_T]           # steps whose x is loaded at once
+    X_WORDS = AHEAD * MMAS_T * 4
+    TILES_A_ROUND = min(4, 8 // MMAS_T)                # tiles of 16 rows whose sums fit in SUM_WORDS
+    TILE_SUMS = MMAS_T * 4 * WARP                      # of one warp
+    SUMS_A_THREAD = ceil_div(TILE_SUMS, NUM_THREADS)
+    TOTALS, PARTS_8 = 4 * SUMS_A_THREAD, PARTS * 8
+
+    @cuda.jit(device=True)
+    def norm_tokens(sums, h, x, parts, embed, tokens, weight, eps, first_layer):
+        """x += the matmul that was left in parts, or x = the embedding; h = rmsnorm(x) * weight.
+        A thread block takes every gridDim.x-th token."""
+        values = cuda.local.array(8, float32)
+        gains = cuda.local.array(8, float32)
+        terms = cuda.local.array(PARTS_8, float32)
+        B, C = x.shape
+        for b in range(cuda.blockIdx.x, B, cuda.gridDim.x):
+            squares = ZERO
+            for c in range(cuda.threadIdx.x * 8, C, NUM_THREADS * 8):
+                # all loads before the first store, which they must not pass
+                for p in range(0 if first_layer else PARTS):
+                    for half in range(2):
+                        load_4_floats(terms, p * 8 + half * 4, parts, (p * B + b) * C + c + half * 4)
+                for i in range(8):
+                    values[i] = widen(embed[tokens[b], c + i] if first_layer else x[b, c + i])
+                    gains[i] = widen(weight[c + i])
+                if not first_layer:
+                    for i in range(8):
+                        total = ZERO
+                        for p in range(PARTS):
+                            total += terms[p * 8 + i]
+                        # subtle: the product is an element before it is added, as in every rung
+                        values[i] = widen(narrow(values[i] + widen(narrow(total, x)), x))
+                for i in range(8):
+                    squares += values[i] * values[i]
+                    x[b, c + i] = narrow(values[i], x)
+                    sums[c + i], sums[C + c + i] = values[i], gains[i]
+            scale = ONE / math.sqrt(block_sum(squares) / float32(C) + eps)
+            for c in range(cuda.threadIdx.x * 8, C, NUM_THREADS * 8):
+                for i in range(8):
+                    normed = widen(narrow(sums[c + i] * scale, x))
+                    h[b, c + i] = narrow(normed * sums[C + c + i], x)
+
+    @cuda.jit(device=True)
+    def multiply_step(acc, x_words, at, ring, place, words, a, x):
+        """acc (64 rows, tokens) += a step of weights, from the ring, times x (tokens, 32)."""
+        for tile in range(4):
+            for half in range(2):
+                load_shared(words, half * 4, ring, place + (tile * 2 + half) * WARP * 4)
+            for pair in range(2):
+                for w in range(2):
+                    a[w * 2], a[w * 2 + 1] = words[pair * 2 + w], words[4 + pair * 2 + w]
+                for j in range(MMAS_T):
+                    mma(acc, (tile * MMAS_T + j) * 4, a, 0, x_words, (at + j) * 4 + pair * 2, x)
+
+    @cuda.jit(device=True)
+    def add_warps(totals, acc, sums, first):
+        """totals[tile * SUMS_A_THREAD + i]: the sums of all warps, of a row tile from `first` on,
+        of element tid + i * NUM_THREADS of its (token tile, register, lane)."""
+        tid, lane, warp = cuda.threadIdx.x, cuda.threadIdx.x % WARP, cuda.threadIdx.x // WARP
+        for tile in range(TILES_A_ROUND):
+            for i in range(MMAS_T * 4):
+                sums[(warp * TILES_A_ROUND + tile) * TILE_SUMS + i * WARP + lane] = acc[
+                    (first + tile) * MMAS_T * 4 + i]
+        cuda.syncthreads()                 # else a sum is added that is not written yet
+        for tile in range(TILES_A_ROUND):
+            for i in range(SUMS_A_THREAD):
+                total = ZERO
+                if tid + i * NUM_THREADS < TILE_SUMS:
+                    for w in range(PERSISTENT_WARPS):
+                        total += sums[(w * TILES_A_ROUND + tile) * TILE_SUMS + tid
+                                      + i * NUM_THREADS]
+                totals[(first + tile) * SUMS_A_THREAD + i] = total
+        cuda.syncthreads()                 # else the next sums overwrite what a slow thread reads
+
+    @cuda.jit(device=True)
+    def store_item(totals, kind, item, part, parts, act, logits, N):
+        """An item's results to where the next operation reads them."""
+        tid, B = cuda.threadIdx.x, logits.shape[0]
+        for i in range(SUMS_A_THREAD):
+            e = tid + i * NUM_THREADS
+            # as mma leaves them: lane l has tokens 2*(l%4) and the next, of rows l//4 and l//4 + 8
+            lane, register = e % WARP, e // WARP % 4
+            b = e // (4 * WARP) * 8 + lane % 4 * 2 + register % 2
+            row = lane // 4 + register // 2 * 8
+            if e < TILE_SUMS and b < B:
+                for tile in range(4):
+                    total = totals[tile * SUMS_A_THREAD + i]
+                    n = item * 64 + tile * 16 + row
+                    if kind == LM_HEAD:
+                        logits[b, n] = total
+                    elif kind != GATE_UP:
+                        parts[(part * B + b) * N + n] = total
+                    elif tile < 2:
+                        up = totals[(tile + 2) * SUMS_A_THREAD + i]
+                        act[b, item * 32 + tile * 16 + row] = narrow(silu(total) * up, act)
+
+    @cuda.jit(cache=True)
+    def forward_decode_kernel(logits, x, h, o, flat_o, act, k_cache, v_cache, parts, partial,
+                              arrivals, tokens, slots, rows, seq_lens, splits, block_tables, cos,
+                              sin, embed, norms, matrices, eps):
+        """logits of one token for each request: embedding, all layers, norm and lm_head
+
+        logits           (B, V)               f32        written
+        x, h             (B, C)               f16 bf16   written: residual stream, normed
+        o, act           (B, H, D), (B, F)    as x       written; flat_o is o as (B, H*D)
+        k_cache, v_cache (L, blocks, P, G, D) as x       one slot for each token written, context read
+        parts            (PARTS*B*N,)         f32        workspace: sums of a matmul, N its rows
+        partial          (J, H, D+2)          f32        workspace of contexts of several splits
+        arrivals         (1,)                 u32        0 before and after
+        tokens, slots, rows, seq_lens (B,) i32, splits (B+1+J,) i32, block_tables   read
+        cos, sin         (positions, D/2)     f32        read
+        embed            (V, C)               as x       B rows read
+        norms, matrices  (2L+1, C), (all,)    as x       read once
+        launch grid of one thread block for each multiprocessor, all there at once; thread block of
+               PERSISTENT_WARPS warps
+        shared 4*(SUM_WORDS + RING_WORDS) bytes: sums of the warps, and their rings of weights
+        moves  E*(L*(N*C + C*H*D + 3*C*F) + V*C) + 2*L*B*S*G*D*E bytes, with N = (H+2*G)*D, does
+               2*B of each weight and 4*L*B*H*S*D flops: bandwidth-bound
+        needs  see fits_persistent; sm_80
+        twin   forward_decode_ref      source  Megakernels (Hazy Research, 2025)
+        """
+        sums = cuda.shared.array(0, float32)
+        ring = cuda.shared.array(0, uint32)
+        plan = cuda.shared.array(32, int64)
+        cursor = cuda.local.array(6, int64)
+        acc = cuda.local.array(ACCUMULATORS, float32)
+        x_words = cuda.local.array(X_WORDS, uint32)
+        words = cuda.local.array(8, uint32)
+        a = cuda.local.array(4, uint32)
+        totals = cuda.local.array(TOTALS, float32)
+        tid, lane, warp = cuda.threadIdx.x, cuda.threadIdx.x % WARP, cuda.threadIdx.x // WARP
+        (B, C), (H, F), G = x.shape, (o.shape[1], act.shape[1]), k_cache.shape[3]
+        heads, num_matrices = H + 2 * G, k_cache.shape[0] * 4 + 1
+        layer_elements = heads * D * C + C * H * D + 3 * C * F
+        if tid == 0:
+            make_plan(plan, C, H * D, heads * D, F, logits.shape[1])
+        cuda.syncthreads()                 # else a thread reads the plan before it is made
+        start_next_kernel()
+        # this warp's steps lie from here on: a lane reads what it copied, nobody else does
+        first_place = SUM_WORDS + (warp * RING_STEPS * STEP_VECTORS * WARP + lane) * 4
+        cursor[MATRIX], cursor[ITEM] = 0, cuda.blockIdx.x
+        open_item(cursor, plan, num_matrices, layer_elements)
+        for step in range(RING_STEPS):
+            start_step(ring, first_place + step * STEP_WORDS, cursor, plan, matrices, num_matrices,
+                       layer_elements)
+        wait_for_inputs()                  # weights are on their way, and were there before
+
+        goal, turn, item = uint32(cuda.gridDim.x), 0, int64(cuda.blockIdx.x)
+        for matrix in range(num_matrices):
+            kind, layer = kind_of(matrix, num_matrices), matrix // 4
+            if kind == O:
+                goal = attend_splits(o, partial, sums, ring, flat_o, parts, cos, sin, slots,
+                                     k_cache[layer], v_cache[layer], block_tables, rows, seq_lens,
+                                     splits, arrivals, goal, SPLIT)
+                goal = meet_thread_blocks(arrivals, goal)
+                if splits[B] > B:          # some context has several splits
+                    for pair in range(warp * cuda.gridDim.x + cuda.blockIdx.x, B * H,
+                                      PERSISTENT_WARPS * cuda.gridDim.x):
+                        if splits[pair // H + 1] - splits[pair // H] > 1:
+                            merge_head(o, partial, splits, pair // H, pair % H, lane, WARP)
+                    goal = meet_thread_blocks(arrivals, goal)
+            elif kind != DOWN:
+                norm_tokens(sums, h, x, parts, embed, tokens, norms[(matrix + 1) // 2], eps,
+                            matrix == 0)
+                goal = meet_thread_blocks(arrivals, goal)
+
+            source = flat_o if kind == O else act if kind == DOWN else h
+            K, steps = plan[kind * 6 + K_SIZE], plan[kind * 6 + STEPS]
+            while item < plan[kind * 6 + ITEMS]:
+                group, part = item, 0
+                if plan[kind * 6 + SHARED]:
+                    group, part = item // PARTS, item % PARTS
+                for i in range(ACCUMULATORS):
+                    acc[i] = ZERO
+                k = part * steps * UNIT_K + warp * 32 + lane % 4 * 8
+                for first in range(0, steps, AHEAD):
+                    for i in range(AHEAD):
+                        for j in range(MMAS_T):
+                            if first + i < steps:
+                                b = min(j * 8 + lane // 4, B - 1)
+                                load_16_bytes(x_words, (i * MMAS_T + j) * 4, source,
+                                              b * K + k + (first + i) * UNIT_K)
+                    for i in range(AHEAD):
+                        if first + i < steps:
+                            place = first_place + turn * STEP_WORDS
+                            copies_wait_but_5()
+                            multiply_step(acc, x_words, i * MMAS_T, ring, place, words, a, x)
+                            start_step(ring, place, cursor, plan, matrices, num_matrices,
+                                       layer_elements)
+                            turn = turn + 1 if turn + 1 < RING_STEPS else 0
+                add_warps(totals, acc, sums, 0)
+                if TILES_A_ROUND <= 2:     # written out: registers have no addresses
+                    add_warps(totals, acc, sums, 2)
+                if TILES_A_ROUND == 1:
+                    add_warps(totals, acc, sums, 1)
+                    add_warps(totals, acc, sums, 3)
+                store_item(totals, kind, group, part, parts, act, logits,
+                           heads * D if kind == QKV else C)
+                item += cuda.gridDim.x
+            item -= plan[kind * 6 + ITEMS]
+            if kind != QKV and matrix + 1 < num_matrices:      # attention meets by itself
+                goal = meet_thread_blocks(arrivals, goal)
+        leave_thread_blocks(arrivals, goal)
+    return forward_decode_kernel
+
+
+FORWARD_DECODE = {(D, mmas): make_forward_decode(D, mmas)
+                  for D in PAGED_DECODE for mmas in (1, 2, 4, 8)}
+
+
+def forward_decode(logits, x, h, qkv, o, act, k_cache, v_cache, parts, partial, arrivals, tokens,
+                   positions, slots, rows, seq_lens, splits, block_tables, cos, sin, embed, norms,
+                   matrices, eps, stream=0):
+    (B, V), C, (H, D), F = logits.shape, x.shape[1], o.shape[1:], act.shape[1]
+    L, _, _, G, _ = k_cache.shape
+    problem = fits_persistent(H, G, D, C, F, V)
+    assert problem is None, problem
+    assert B <= PERSISTENT_TOKENS, f"{B} tokens, expected at most {PERSISTENT_TOKENS}"
+    assert x.shape == h.shape == (B, C) and o.shape[0] == act.shape[0] == B, (x.shape, act.shape)
+    assert v_cache.shape == k_cache.shape and norms.shape == (2 * L + 1, C), norms.shape
+    assert embed.shape == (V, C) and len(matrices) == L * layer_size(H, G, D, C, F) + V * C
+    assert parts.size >= PARTS * B * max(C, (H + 2 * G) * D) and partial.shape[1:] == (H, D + 2)
+    mmas = min(mmas for mmas in (1, 2, 4, 8) if mmas * 8 >= B)
+    grid = 1 if SIMULATOR else cuda.get_current_device().MULTIPROCESSOR_COUNT
+    launch(FORWARD_DECODE[D, mmas], grid, WARP * PERSISTENT_WARPS, stream,
+           4 * (SUM_WORDS + RING_WORDS), logits, x, h, o, o.reshape(B, H * D), act, k_cache,
+           v_cache, parts, partial, arrivals, tokens, slots, rows, seq_lens, splits, block_tables,
+           cos, sin, embed, norms, matrices, np.float32(eps))
+
+
+def fits_persistent(H, G, D, C, F, V):
+    """None if a decode step of these shapes can be one kernel, otherwise why not."""
+    R, unit = H // G, PARTS * UNIT_K
+    for name, value in (("hidden_size", C), ("heads * head_dim", H * D), ("intermediate_size", F)):
+        if value % unit:
+            return f"{name} {value} is no multiple of {unit}"
+    if V % 64 or 2 * C > SUM_WORDS:
+        return f"vocab_size {V} is no multiple of 64, or hidden_size {C} is above {SUM_WORDS // 2}"
+    if D not in PAGED_DECODE or R > 16 or max(
+            (DECODE_WARPS + 1) * R * (D + 2) - QUERIES_AT, R * D // 2 - (TURNED_AT - QUERIES_AT),
+            (R + 2) * D - (SUM_WORDS - TURNED_AT)) > 0:
+        return f"head_dim {D} with {R} query heads for a KV head leaves no room for their sums"
+    return None
+
+
+# -----------------------------------------------------------------------------
+# 11. The table of all kernels, and the rungs that the engine runs on
 #
 # A row says what a kernel computes (its twin), on which inputs to try it, what it moves and does,
 # and one mistake that its test must notice. Tests and bench.py iterate over the rows.
@@ -2629,6 +3264,32 @@ def begin_decode_example(rng, elements, B, P):
     return [*outputs, splits, inputs, state, rng.integers(0, 99, (B + 2, 4)).astype(np.int32), P, P]
 
 
+def forward_decode_example(rng, elements, L, H, G, D, C, F, V, P, contexts):
+    """Weights are small, as trained ones are, and one matrix is different from the next."""
+    B, heads = len(contexts), H + 2 * G
+    _, _, k_cache, v_cache, tables, rows, _, seq_lens, splits, partial = attention_example(
+        rng, lambda a: a, H, G, D, P, contexts, (1,) * B)
+    caches = [np.stack([np.roll(cache, l, axis=0) for l in range(L)]) for cache in (k_cache, v_cache)]
+    for l, cache in enumerate(zip(*caches)):
+        for half in cache:
+            half[:] = np.where(np.isnan(half), np.nan, lively(rng, *half.shape))
+            for row, S in zip(rows, contexts):
+                slots = (tables[row][:, None] * P + np.arange(P)).reshape(-1)
+                half.reshape(-1, G, D)[slots[:S]] = lively(rng, S, G, D) / np.float32(5)
+                half.reshape(-1, G, D)[slots[S - 1:]] = np.nan         # the new token's, and later
+    positions = seq_lens - 1
+    slots = tables[rows, positions // P] * P + positions % P
+    angles = rng.uniform(0, 7, (max(contexts), D // 2)).astype(np.float32)
+    matrices = lively(rng, L * layer_size(H, G, D, C, F) + V * C) / np.float32(40 * math.sqrt(C))
+    return [unwritten(B, V), elements(unwritten(B, C)), elements(unwritten(B, C)),
+            elements(unwritten(B, heads, D)), elements(unwritten(B, H, D)),
+            elements(unwritten(B, F)), *map(elements, caches),
+            unwritten(PARTS * B * max(C, heads * D)), partial, np.zeros(1, np.uint32),
+            rng.integers(0, V, B).astype(np.int32), positions, slots.astype(np.int32), rows,
+            seq_lens, splits, tables, np.cos(angles), np.sin(angles), elements(lively(rng, V, C)),
+            elements(lively(rng, 2 * L + 1, C)), elements(matrices), 1e-5]
+
+
 def late_by_one(out, qkv, k_cache, v_cache, tables, rows, starts, seq_lens, *workspace):
     paged_attention_ref(out, qkv, k_cache, v_cache, tables, rows, starts,
                         np.maximum(seq_lens - 1, np.diff(starts)))
@@ -2672,6 +3333,13 @@ def forgets_new_blocks(tokens, positions, slots, seq_lens, splits, inputs, *rest
     begin_decode_ref(tokens, positions, slots, seq_lens, splits, inputs * [[1], [0]], *rest)
 
 
+def late_step(*arguments):
+    """Every token a position early."""
+    arguments = list(arguments)
+    arguments[12] = np.maximum(arguments[12] - 1, 0)
+    forward_decode_ref(*arguments)
+
+
 def kernel_row(name, twin, launcher, example, shapes, moves, does, mutation, **options):
     """shapes: dimensions of small, hostile examples; moves, does: bytes and flops as formulas, the
     card's own; mutation: a wrong twin; types: of elements; workspace: arguments that only the
@@ -2696,6 +3364,10 @@ TILED_ATTENTIONS = (dict(H=1, G=1, D=16, **MIXED),
 DECODES = (dict(H=1, G=1, D=64, P=16, contexts=(1,), queries=(1,)),
            dict(H=6, G=2, D=64, P=4, contexts=(5, 40), queries=(1, 1)),
            dict(H=16, G=1, D=64, P=16, contexts=(270,), queries=(1,)))
+ONE_STEP = dict(D=64, V=64, P=4) if SIMULATOR else dict(D=64, V=128, P=16)
+WIDE = dict(H=4, G=2, C=256, F=256) if SIMULATOR else dict(H=16, G=4, C=1024, F=2048)
+STEPS_OF_DECODE = (dict(L=1, contexts=(1,), **ONE_STEP, **WIDE),
+                   dict(L=2, contexts=(7, 270, 3, 2, 1, 5, 6, 9, 4), **ONE_STEP, **WIDE))
 TENSOR = dict(types=("float16", "bfloat16"))
 SCRATCH, PARTIAL = dict(workspace=(3,)), dict(workspace=(9,))
 MATMUL_MOVES, MATMUL_DOES = "E*(T*N + T*K + N*K)", "2*T*N*K"
@@ -2756,6 +3428,10 @@ KERNELS = (
     kernel_row("begin_decode", begin_decode_ref, begin_decode, begin_decode_example,
                (dict(B=1, P=1), dict(B=40, P=4)), "40*B + 4*J", "0", forgets_new_blocks,
                types=("float32",)),
+    kernel_row("forward_decode", forward_decode_ref, forward_decode, forward_decode_example,
+               STEPS_OF_DECODE, "E*(L*((H+2*G)*D*C + C*H*D + 3*C*F) + V*C) + 2*L*B*S*G*D*E",
+               "2*B*(L*((H+2*G)*D*C + C*H*D + 3*C*F) + V*C) + 4*L*B*H*S*D", late_step,
+               workspace=(2, 3, 4, 5, 8, 9), **TENSOR),
 )
 
 
