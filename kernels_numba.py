@@ -327,16 +327,40 @@ def load_shared(words, i, array, index):
     words[i:i + 4] = array[index:index + 4]
 
 
+@instruction("ld.global.v2.f32 {0}, [{1}];", "=2f", "global")
+def load_2_floats(floats, i, array, index):
+    """Two float32, of which the first must lie at a multiple of 8 bytes."""
+    floats[i:i + 2] = flat(array)[index:index + 2]
+
+
 @instruction("ld.global.u32 {0}, [{1}];", "=r", "global")
-def load_pair(array, index):
-    """Two 16-bit elements, the first in the lower half of the word."""
-    return flat(array)[index:index + 2].view(np.uint32)[0]
+def load_word(array, index):
+    """Two 16-bit elements, the first in the lower half of the word; or an int32."""
+    return flat(array)[index:index + 4 // array.dtype.itemsize].view(np.uint32)[0]
 
 
 @instruction("st.global.u32 [{0}], {1};", "global", "r")
-def store_pair(array, index, word):
+def store_word(array, index, word):
     """Two 16-bit elements from a word."""
     flat(array)[index:index + 2].view(np.uint32)[0] = word
+
+
+@instruction("st.global.v4.u32 [{0}], {1};", "global", "4r")
+def store_16_bytes(array, index, words, i):
+    """16 bytes of memory, which must lie at a multiple of 16."""
+    flat(array)[index:index + 16 // array.dtype.itemsize].view(np.uint32)[:] = words[i:i + 4]
+
+
+@instruction("st.shared.v4.u32 [{0}], {1};", "shared", "4r")
+def store_shared(array, index, words, i):
+    """16 bytes of shared memory, which must lie at a multiple of 16."""
+    array[index:index + 4] = words[i:i + 4]
+
+
+@instruction("div.u32 {0}, {1}, {2};", "=r", "r", "r", keep=False)
+def divide(a, b):
+    """a // b in 32 bits; in 64, which Numba would take, a division is a hundred instructions."""
+    return np.uint32(int(a) // int(b))
 
 
 @instruction("cvt.rn.DTYPEx2.f32 {0}, {2}, {1};", "=r", "f", "f", "dtype", keep=False)
@@ -500,6 +524,14 @@ if SIMULATOR:
             return np.float32(x).astype(ml_dtypes.bfloat16).view(np.uint16)
         with np.errstate(over="ignore"):
             return like.dtype.type(x)
+
+    def low_element(word, like):
+        """float32 of the element in the lower half of a word."""
+        return widen(np.array([word], np.uint32).view(like.dtype)[0])
+
+    def high_element(word, like):
+        """float32 of the element in the upper half of a word."""
+        return widen(np.array([word], np.uint32).view(like.dtype)[1])
 else:
     def widen(typing_context, x):
         """float32 of an element: bfloat16 is the upper half of a float32 (lesson 2)."""
@@ -524,7 +556,22 @@ else:
             return context.cast(builder, values[0], types.float32, like.dtype)
         return like.dtype(types.float32, like), emit
 
+    def half_of_word(name, shift):
+        """The float32 of the 16-bit element that begins at bit `shift` of a word."""
+        def define(typing_context, word, like):
+            def emit(context, builder, signature, values):
+                half = builder.trunc(builder.lshr(values[0], ir.IntType(32)(shift)),
+                                     ir.IntType(16))
+                if like.dtype == types.uint16:
+                    word = builder.shl(builder.zext(half, ir.IntType(32)), ir.IntType(32)(16))
+                    return builder.bitcast(word, ir.FloatType())
+                half = builder.bitcast(half, ir.HalfType())
+                return builder.fpext(half, ir.FloatType())
+            return types.float32(types.uint32, like), emit
+        return named_intrinsic(name, define)
+
     widen, narrow = named_intrinsic("widen", widen), named_intrinsic("narrow", narrow)
+    low_element, high_element = half_of_word("low_element", 0), half_of_word("high_element", 16)
 
 
 # -----------------------------------------------------------------------------
@@ -1027,7 +1074,7 @@ def make_matmul_tensor(TILE_T, TILE_N, WARPS_T, WARPS_N, GATED):
                         high = silu(high) * acc[first + 5]
                     n += lane % 4 * 2
                     if t < T and n < N:
-                        store_pair(out, t * N + n, pack(low, high, out))
+                        store_word(out, t * N + n, pack(low, high, out))
     return matmul_tensor_kernel
 
 
@@ -1720,8 +1767,8 @@ def make_attention_tiled(D):
             t = min(first_t + warp * 16 + half * 8 + lane // 4, end_t - 1)
             for step in range(STEPS):
                 at = (t * (H + 2 * G) + h) * D + step * 16 + lane % 4 * 2
-                q[step * 4 + half] = load_pair(qkv, at)
-                q[step * 4 + half + 2] = load_pair(qkv, at + 8)
+                q[step * 4 + half] = load_word(qkv, at)
+                q[step * 4 + half + 2] = load_word(qkv, at + 8)
             m[half], l[half] = NEG_INF, ZERO
         for i in range(OUTS):
             acc[i] = ZERO
@@ -1792,7 +1839,7 @@ def make_attention_tiled(D):
             if t < end_t:
                 for n in range(OUT_MMAS):
                     at = (t * H + h) * D + n * 8 + lane % 4 * 2
-                    store_pair(out, at, pack(acc[n * 4 + half * 2] / total,
+                    store_word(out, at, pack(acc[n * 4 + half * 2] / total,
                                              acc[n * 4 + half * 2 + 1] / total, out))
     return attention_tiled_kernel
 
@@ -1839,24 +1886,26 @@ def make_attend_splits(D, FUSED):
     TILE_WORDS = 2 * K_WORDS               # of keys, then of values
     TILES = 2 if D == 64 else 1            # under way at once, as far as there are registers
     WORDS = TILES * TILE_WORDS
-    OUTS = D // 8 * 4
+    OUTS, PARTS_4 = D // 8 * 4, PARTS * 4
 
     @cuda.jit(device=True)
-    def load_tile(words, at, k_cache, v_cache, table, g, first, end):
+    def load_tile(words, at, k_cache, v_cache, block_tables, row, g, first, end):
         """Keys first to first + 15 as B fragments, and the values a lane needs; past the end the
         last token again, which the mask then takes out."""
         P, G, lane = k_cache.shape[1], k_cache.shape[2], cuda.threadIdx.x % WARP
-        s = min(first + lane % 16, end - 1)
-        slot = uint32(table[s // P] * P + s % P)               # of the key lane % 16
+        s = uint32(max(min(first + lane % 16, end - 1), 0))
+        i = divide(s, uint32(P))
+        block = load_word(block_tables, row * block_tables.shape[1] + i)
+        slot = uint32(block * P + s - i * P)                   # of the key lane % 16
         for half in range(2):
-            key = (int32(shuffle(slot, half * 8 + lane // 4)) * G + g) * D + lane % 4 * 8
+            key = int64(shuffle(slot, half * 8 + lane // 4)) * (G * D) + (g * D + lane % 4 * 8)
             for step in range(D // 32):
                 load_16_bytes(words, at + (half * (D // 32) + step) * 4, k_cache, key + step * 32)
         for i in range(4):                                     # values of the keys of a B fragment
-            value = (int32(shuffle(slot, lane % 4 * 2 + i % 2 + i // 2 * 8)) * G + g) * D
+            value = (int64(shuffle(slot, lane % 4 * 2 + i % 2 + i // 2 * 8)) * (G * D)
+                     + (g * D + lane // 4 * 8))
             for n in range(VECTORS):
-                load_16_bytes(words, at + K_WORDS + (n * 4 + i) * 4, v_cache,
-                              value + n * 64 + lane // 4 * 8)
+                load_16_bytes(words, at + K_WORDS + (n * 4 + i) * 4, v_cache, value + n * 64)
 
     @cuda.jit(device=True)
     def load_queries(q, words, qkv, b, g, R, G):
@@ -1876,43 +1925,46 @@ def make_attend_splits(D, FUSED):
         """The R heads of q, rotated, to shared memory; with the newest token's split its k and v
         to their block, and its own part of the attention to sums[DECODE_WARPS]: one key, whose
         weight is 1. A warp takes a head, a lane two channels of each half of it."""
+        terms = cuda.local.array(PARTS_4, float32)
+        turns = cuda.local.array(4, float32)
         lane, warp, heads = cuda.threadIdx.x % WARP, cuda.threadIdx.x // WARP, R * G + 2 * G
-        B, P = slots.shape[0], k_cache.shape[1]
-        at = (slots[b] * G + g) * D
+        B, at = slots.shape[0], (int64(load_word(slots, b)) * G + g) * D
         for turned in range(warp, R + 2 if newest else R, DECODE_WARPS):
             head = g * R + turned
             if turned >= R:
                 head = R * G + (turned - R) * G + g
             for i in range(lane * 2, D // 2, WARP * 2):
-                low, high, low_1, high_1 = ZERO, ZERO, ZERO, ZERO
                 for part in range(PARTS):
                     j = ((part * B + b) * heads + head) * D + i
-                    low += parts[j]
-                    low_1 += parts[j + 1]
-                    high += parts[j + D // 2]
-                    high_1 += parts[j + D // 2 + 1]
-                c, s, c_1, s_1 = (cos[position, i], sin[position, i], cos[position, i + 1],
-                                  sin[position, i + 1])
+                    load_2_floats(terms, part * 4, parts, j)
+                    load_2_floats(terms, part * 4 + 2, parts, j + D // 2)
+                load_2_floats(turns, 0, cos, position * (D // 2) + i)
+                load_2_floats(turns, 2, sin, position * (D // 2) + i)
+                for part in range(1, PARTS):
+                    for n in range(4):
+                        terms[n] += terms[part * 4 + n]
                 # subtle: an element before it is rotated, as in every rung
-                low, high = widen(narrow(low, like)), widen(narrow(high, like))
-                low_1, high_1 = widen(narrow(low_1, like)), widen(narrow(high_1, like))
+                one, two = pack(terms[0], terms[1], like), pack(terms[2], terms[3], like)
                 if turned <= R:
-                    low, high = low * c - high * s, high * c + low * s
-                    low_1, high_1 = low_1 * c_1 - high_1 * s_1, high_1 * c_1 + low_1 * s_1
-                one, two = pack(low, low_1, like), pack(high, high_1, like)
+                    low, low_1 = low_element(one, like), high_element(one, like)
+                    high, high_1 = low_element(two, like), high_element(two, like)
+                    one = pack(low * turns[0] - high * turns[2],
+                               low_1 * turns[1] - high_1 * turns[3], like)
+                    two = pack(high * turns[0] + low * turns[2],
+                               high_1 * turns[1] + low_1 * turns[3], like)
                 if turned < R:
                     shared_words[QUERIES_AT + (turned * D + i) // 2] = one
                     shared_words[QUERIES_AT + (turned * D + D // 2 + i) // 2] = two
                 elif turned == R:
-                    store_pair(k_cache, at + i, one)
-                    store_pair(k_cache, at + D // 2 + i, two)
+                    store_word(k_cache, at + i, one)
+                    store_word(k_cache, at + D // 2 + i, two)
                 else:
-                    store_pair(v_cache, at + i, one)
-                    store_pair(v_cache, at + D // 2 + i, two)
+                    store_word(v_cache, at + i, one)
+                    store_word(v_cache, at + D // 2 + i, two)
                 j = TURNED_AT + turned * D + i
-                sums[j], sums[j + 1] = widen(narrow(low, like)), widen(narrow(low_1, like))
-                sums[j + D // 2] = widen(narrow(high, like))
-                sums[j + D // 2 + 1] = widen(narrow(high_1, like))
+                sums[j], sums[j + 1] = low_element(one, like), high_element(one, like)
+                sums[j + D // 2], sums[j + D // 2 + 1] = (low_element(two, like),
+                                                          high_element(two, like))
         cuda.syncthreads()                 # else q and k are read before they are written
         for r in range(warp, R, DECODE_WARPS):
             to, dot = (DECODE_WARPS * R + r) * (D + 2), ZERO
@@ -2022,9 +2074,10 @@ def make_attend_splits(D, FUSED):
     def locate(item, G, seq_lens, splits, rows, split):
         """b, the row of its block table, the first key and the length of the context of an item: an
         item is a KV head of a split."""
-        b = splits[seq_lens.shape[0] + 1 + item // G]
-        first, S = (item // G - splits[b]) * split, seq_lens[b]
-        return b, rows[b], first, S
+        j = int64(divide(uint32(item), uint32(G)))
+        b = int64(load_word(splits, seq_lens.shape[0] + 1 + j))
+        first = (j - int64(load_word(splits, b))) * split
+        return b, int64(load_word(rows, b)), first, int64(load_word(seq_lens, b))
 
     @cuda.jit(device=True)
     def attend_splits(out, partial, sums, shared_words, qkv, parts, cos, sin, slots, k_cache,
@@ -2045,22 +2098,26 @@ def make_attend_splits(D, FUSED):
         l = cuda.local.array(2, float32)
         warp, B = cuda.threadIdx.x // WARP, seq_lens.shape[0]
         G, H = k_cache.shape[2], out.shape[1]
-        R, scale, width = H // G, LOG2E / math.sqrt(float32(D)), DECODE_WARPS * 16
+        R, width = int64(divide(uint32(H), uint32(G))), DECODE_WARPS * 16
+        scale = LOG2E / math.sqrt(float32(D))
         item, stride, items = int64(cuda.blockIdx.x), cuda.gridDim.x, splits[B] * G
         sums_count = DECODE_WARPS + 1 if FUSED else DECODE_WARPS
-        b, row, first, S, end = 0, 0, 0, 0, 0
+        b, row, first, S, end, g = 0, 0, 0, 0, 0, 0
         if item < items:
+            g = item - int64(divide(uint32(item), uint32(G))) * G
             b, row, first, S = locate(item, G, seq_lens, splits, rows, split)
             end = min(first + split, S - 1 if FUSED else S)
             for i in range(TILES):
-                load_tile(words, i * TILE_WORDS, k_cache, v_cache, block_tables[row], item % G,
+                load_tile(words, i * TILE_WORDS, k_cache, v_cache, block_tables, row, g,
                           first + i * width + warp * 16, end)
         if FUSED:                          # what comes from this step is there after this, not before
             goal = meet_thread_blocks(arrivals, goal)
         while item < items:
-            g, this_b, this_end, this_S, this_first = item % G, b, end, S, first
-            next_row, next_first, next_S = row, first, S
+            this_b, this_end, this_S, this_first = b, end, S, first
+            next_row, next_first, next_S, next_g = row, first, S, g
+            j = int64(divide(uint32(item), uint32(G)))
             if item + stride < items:
+                next_g = item + stride - int64(divide(uint32(item + stride), uint32(G))) * G
                 b, next_row, next_first, next_S = locate(item + stride, G, seq_lens, splits, rows,
                                                          split)
             next_end = min(next_first + split, next_S - 1 if FUSED else next_S)
@@ -2078,24 +2135,23 @@ def make_attend_splits(D, FUSED):
             s, rounds = this_first + warp * 16, ceil_div_int(this_end - this_first, TILES * width)
             for round_ in range(max(rounds, 1)):
                 last = round_ + 1 >= rounds
-                table, more = block_tables[next_row if last else row], not last or (
-                    item + stride < items)
-                limit = next_end if last else this_end
+                more, limit = not last or item + stride < items, next_end if last else this_end
+                tile_row, tile_g = next_row if last else row, next_g if last else g
+                ahead = next_first + warp * 16 if last else s + TILES * width
                 for i in range(TILES):
                     if s + i * width < this_end:
                         add_tile(acc, m, l, q, words, i * TILE_WORDS, x, p, b_words, s + i * width,
                                  this_end, scale, out)
-                    ahead = next_first + warp * 16 if last else s + TILES * width
                     if more:
-                        load_tile(words, i * TILE_WORDS, k_cache, v_cache, table,
-                                  (item + stride) % G if last else g, ahead + i * width, limit)
+                        load_tile(words, i * TILE_WORDS, k_cache, v_cache, block_tables, tile_row,
+                                  tile_g, ahead + i * width, limit)
                 s += TILES * width
             store_sums(sums, acc, m, l, R, scale)
             cuda.syncthreads()             # else a warp's sums are read before they are written
-            join_warps(out, partial, sums, this_b, g, item // G, R, sums_count,
+            join_warps(out, partial, sums, this_b, g, j, R, sums_count,
                        splits[this_b + 1] - splits[this_b] == 1)
             cuda.syncthreads()             # else the next item overwrites sums still being read
-            row, first, S, end = next_row, next_first, next_S, next_end
+            row, first, S, end, g = next_row, next_first, next_S, next_end, next_g
             item += stride
         return goal
     return attend_splits
@@ -2881,51 +2937,77 @@ def make_forward_decode(D, MMAS_T):
     attend_splits = ATTEND_SPLITS[D, True]
     NUM_THREADS = WARP * PERSISTENT_WARPS
     ACCUMULATORS = 4 * MMAS_T * 4
-    AHEAD = {1: 8, 2: 4, 4: 2, 8: 2}[MMAS_T]           # steps whose x is loaded at once
-    X_WORDS = AHEAD * MMAS_T * 4
+    AHEAD = 8 // MMAS_T                                # steps whose x is loaded at once
+    X_WORDS, STEP_X_WORDS = AHEAD * MMAS_T * 4, MMAS_T * 4
     TILES_A_ROUND = min(4, 8 // MMAS_T)                # tiles of 16 rows whose sums fit in SUM_WORDS
     TILE_SUMS = MMAS_T * 4 * WARP                      # of one warp
     SUMS_A_THREAD = ceil_div(TILE_SUMS, NUM_THREADS)
     TOTALS, PARTS_8 = 4 * SUMS_A_THREAD, PARTS * 8
 
     @cuda.jit(device=True)
-    def norm_tokens(sums, h, x, parts, embed, tokens, weight, eps, first_layer):
-        """x += the matmul that was left in parts, or x = the embedding; h = rmsnorm(x) * weight.
-        A thread block takes every gridDim.x-th token."""
-        values = cuda.local.array(8, float32)
-        gains = cuda.local.array(8, float32)
+    def norm_tokens(shared_words, h, x, parts, embed, tokens, norms, n, eps):
+        """x += the matmul that was left in parts, or x = the embedding; h = rmsnorm(x) * norms[n].
+        A thread block takes every gridDim.x-th token, a thread 8 channels at once."""
+        words = cuda.local.array(4, uint32)
+        gains = cuda.local.array(4, uint32)
         terms = cuda.local.array(PARTS_8, float32)
         B, C = x.shape
         for b in range(cuda.blockIdx.x, B, cuda.gridDim.x):
             squares = ZERO
             for c in range(cuda.threadIdx.x * 8, C, NUM_THREADS * 8):
-                # all loads before the first store, which they must not pass
-                for p in range(0 if first_layer else PARTS):
-                    for half in range(2):
-                        load_4_floats(terms, p * 8 + half * 4, parts, (p * B + b) * C + c + half * 4)
-                for i in range(8):
-                    values[i] = widen(embed[tokens[b], c + i] if first_layer else x[b, c + i])
-                    gains[i] = widen(weight[c + i])
-                if not first_layer:
-                    for i in range(8):
-                        total = ZERO
-                        for p in range(PARTS):
-                            total += terms[p * 8 + i]
+                load_16_bytes(gains, 0, norms, n * C + c)
+                store_shared(shared_words, (C + c) // 2, gains, 0)
+                if n == 0:
+                    load_16_bytes(words, 0, embed, int64(load_word(tokens, b)) * C + c)
+                else:
+                    load_16_bytes(words, 0, x, b * C + c)
+                    for p in range(PARTS):
+                        load_4_floats(terms, p * 8, parts, (p * B + b) * C + c)
+                        load_4_floats(terms, p * 8 + 4, parts, (p * B + b) * C + c + 4)
+                    for p in range(1, PARTS):
+                        for i in range(8):
+                            terms[i] += terms[p * 8 + i]
+                    for i in range(4):
                         # subtle: the product is an element before it is added, as in every rung
-                        values[i] = widen(narrow(values[i] + widen(narrow(total, x)), x))
-                for i in range(8):
-                    squares += values[i] * values[i]
-                    x[b, c + i] = narrow(values[i], x)
-                    sums[c + i], sums[C + c + i] = values[i], gains[i]
+                        delta = pack(terms[2 * i], terms[2 * i + 1], x)
+                        words[i] = pack(low_element(words[i], x) + low_element(delta, x),
+                                        high_element(words[i], x) + high_element(delta, x), x)
+                for i in range(4):
+                    low, high = low_element(words[i], x), high_element(words[i], x)
+                    squares += low * low + high * high
+                store_16_bytes(x, b * C + c, words, 0)
+                store_shared(shared_words, c // 2, words, 0)
             scale = ONE / math.sqrt(block_sum(squares) / float32(C) + eps)
             for c in range(cuda.threadIdx.x * 8, C, NUM_THREADS * 8):
-                for i in range(8):
-                    normed = widen(narrow(sums[c + i] * scale, x))
-                    h[b, c + i] = narrow(normed * sums[C + c + i], x)
+                load_shared(words, 0, shared_words, c // 2)
+                load_shared(gains, 0, shared_words, (C + c) // 2)
+                for i in range(4):
+                    normed = pack(low_element(words[i], x) * scale,
+                                  high_element(words[i], x) * scale, x)
+                    words[i] = pack(low_element(normed, x) * low_element(gains[i], x),
+                                    high_element(normed, x) * high_element(gains[i], x), x)
+                store_16_bytes(h, b * C + c, words, 0)
 
     @cuda.jit(device=True)
-    def multiply_step(acc, x_words, at, ring, place, words, a, x):
-        """acc (64 rows, tokens) += a step of weights, from the ring, times x (tokens, 32)."""
+    def load_x(x_words, source, K, k, steps):
+        """The x of the next steps: 8 elements of a token for each lane, as in a B fragment."""
+        B, lane = source.shape[0], cuda.threadIdx.x % WARP
+        for i in range(AHEAD):
+            for j in range(MMAS_T):
+                if i < steps:
+                    load_16_bytes(x_words, (i * MMAS_T + j) * 4, source,
+                                  min(j * 8 + lane // 4, B - 1) * K + k + i * UNIT_K)
+
+    @cuda.jit(device=True)
+    def store_x(ring, place, x_words):
+        for i in range(AHEAD * MMAS_T):
+            store_shared(ring, place + i * WARP * 4, x_words, i * 4)
+
+    @cuda.jit(device=True)
+    def multiply_step(acc, ring, place, x_place, words, x_words, a, x):
+        """acc (64 rows, tokens) += a step of weights (64 rows, 32) times its x (tokens, 32)."""
+        for j in range(MMAS_T):
+            load_shared(x_words, j * 4, ring, x_place + j * WARP * 4)
         for tile in range(4):
             for half in range(2):
                 load_shared(words, half * 4, ring, place + (tile * 2 + half) * WARP * 4)
@@ -2933,7 +3015,7 @@ def make_forward_decode(D, MMAS_T):
                 for w in range(2):
                     a[w * 2], a[w * 2 + 1] = words[pair * 2 + w], words[4 + pair * 2 + w]
                 for j in range(MMAS_T):
-                    mma(acc, (tile * MMAS_T + j) * 4, a, 0, x_words, (at + j) * 4 + pair * 2, x)
+                    mma(acc, (tile * MMAS_T + j) * 4, a, 0, x_words, j * 4 + pair * 2, x)
 
     @cuda.jit(device=True)
     def add_warps(totals, acc, sums, first):
@@ -3008,6 +3090,7 @@ def make_forward_decode(D, MMAS_T):
         cursor = cuda.local.array(6, int64)
         acc = cuda.local.array(ACCUMULATORS, float32)
         x_words = cuda.local.array(X_WORDS, uint32)
+        step_x = cuda.local.array(STEP_X_WORDS, uint32)
         words = cuda.local.array(8, uint32)
         a = cuda.local.array(4, uint32)
         totals = cuda.local.array(TOTALS, float32)
@@ -3021,6 +3104,7 @@ def make_forward_decode(D, MMAS_T):
         start_next_kernel()
         # this warp's steps lie from here on: a lane reads what it copied, nobody else does
         first_place = SUM_WORDS + (warp * RING_STEPS * STEP_VECTORS * WARP + lane) * 4
+        x_place = (warp * 8 * WARP + lane) * 4     # and its x where later the sums are
         cursor[MATRIX], cursor[ITEM] = 0, cuda.blockIdx.x
         open_item(cursor, plan, num_matrices, layer_elements)
         for step in range(RING_STEPS):
@@ -3043,8 +3127,7 @@ def make_forward_decode(D, MMAS_T):
                             merge_head(o, partial, splits, pair // H, pair % H, lane, WARP)
                     goal = meet_thread_blocks(arrivals, goal)
             elif kind != DOWN:
-                norm_tokens(sums, h, x, parts, embed, tokens, norms[(matrix + 1) // 2], eps,
-                            matrix == 0)
+                norm_tokens(ring, h, x, parts, embed, tokens, norms, (matrix + 1) // 2, eps)
                 goal = meet_thread_blocks(arrivals, goal)
 
             source = flat_o if kind == O else act if kind == DOWN else h
@@ -3056,21 +3139,21 @@ def make_forward_decode(D, MMAS_T):
                 for i in range(ACCUMULATORS):
                     acc[i] = ZERO
                 k = part * steps * UNIT_K + warp * 32 + lane % 4 * 8
+                load_x(x_words, source, K, k, steps)
                 for first in range(0, steps, AHEAD):
-                    for i in range(AHEAD):
-                        for j in range(MMAS_T):
-                            if first + i < steps:
-                                b = min(j * 8 + lane // 4, B - 1)
-                                load_16_bytes(x_words, (i * MMAS_T + j) * 4, source,
-                                              b * K + k + (first + i) * UNIT_K)
-                    for i in range(AHEAD):
-                        if first + i < steps:
-                            place = first_place + turn * STEP_WORDS
-                            copies_wait_but_5()
-                            multiply_step(acc, x_words, i * MMAS_T, ring, place, words, a, x)
-                            start_step(ring, place, cursor, plan, matrices, num_matrices,
-                                       layer_elements)
-                            turn = turn + 1 if turn + 1 < RING_STEPS else 0
+                    store_x(ring, x_place, x_words)
+                    left = steps - first
+                    if left > AHEAD:       # on their way while these steps are multiplied
+                        load_x(x_words, source, K, k + (first + AHEAD) * UNIT_K, left - AHEAD)
+                    for i in range(min(left, AHEAD)):
+                        place = first_place + turn * STEP_WORDS
+                        copies_wait_but_5()
+                        multiply_step(acc, ring, place, x_place + i * MMAS_T * WARP * 4, words,
+                                      step_x, a, h)
+                        start_step(ring, place, cursor, plan, matrices, num_matrices,
+                                   layer_elements)
+                        turn = turn + 1 if turn + 1 < RING_STEPS else 0
+                cuda.syncthreads()         # else sums overwrite the x of a slow warp
                 add_warps(totals, acc, sums, 0)
                 if TILES_A_ROUND <= 2:     # written out: registers have no addresses
                     add_warps(totals, acc, sums, 2)
@@ -3117,8 +3200,8 @@ def fits_persistent(H, G, D, C, F, V):
     for name, value in (("hidden_size", C), ("heads * head_dim", H * D), ("intermediate_size", F)):
         if value % unit:
             return f"{name} {value} is no multiple of {unit}"
-    if V % 64 or 2 * C > SUM_WORDS:
-        return f"vocab_size {V} is no multiple of 64, or hidden_size {C} is above {SUM_WORDS // 2}"
+    if V % 64 or C > SUM_WORDS:
+        return f"vocab_size {V} is no multiple of 64, or hidden_size {C} is above {SUM_WORDS}"
     if D not in PAGED_DECODE or R > 16 or max(
             (DECODE_WARPS + 1) * R * (D + 2) - QUERIES_AT, R * D // 2 - (TURNED_AT - QUERIES_AT),
             (R + 2) * D - (SUM_WORDS - TURNED_AT)) > 0:
