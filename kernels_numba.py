@@ -303,6 +303,12 @@ def exp2(x):
         return np.exp2(np.float32(x))
 
 
+@instruction("rsqrt.approx.ftz.f32 {0}, {1};", "=f", "f", keep=False)
+def inverse_sqrt(x):
+    """1 / sqrt(x), to 2 bits of the last place."""
+    return np.float32(1) / np.sqrt(np.float32(x))
+
+
 @instruction("ld.global.nc.L1::no_allocate.L2::128B.v4.u32 {0}, [{1}];", "=4r", "global")
 def load_once(words, i, array, index):
     """16 bytes of memory that nobody writes and nobody reads again: weights."""
@@ -1864,9 +1870,6 @@ def attention_tiled(out, qkv, k_cache, v_cache, block_tables, rows, query_starts
 
 DECODE_WARPS = 2 if SIMULATOR else 8
 SPLIT = 512                                # tokens of context that one thread block takes
-QUERIES_AT, TURNED_AT = 6144, 7168         # words of shared memory in front of the newest heads,
-                                           # as elements in pairs, and as float32
-PARTS = 2 if SIMULATOR else 4              # thread blocks that share the K of a matmul, section 10
 WHOLE = 1 << 30                            # a split that no context exceeds
 DECODE_THREAD_BLOCKS = 3 if SIMULATOR else 264         # two for each multiprocessor of an H100
 
@@ -1877,16 +1880,14 @@ def count_splits(seq_lens, split):
     return np.array([0, *np.cumsum(counts), *np.repeat(np.arange(len(counts)), counts)], np.int32)
 
 
-def make_attend_splits(D, FUSED):
-    """The device function for one head_dim, a multiple of 64 up to 256. FUSED: what the newest
-    token adds, its q, k and v, still lies in `parts`, where the thread blocks left it that shared
-    the K of their matmul; RoPE and the write of k and v happen here, too."""
+def make_attend_splits(D):
+    """The device function for one head_dim, a multiple of 64 up to 256."""
     VECTORS = D // 64                      # 16-byte pieces of a value row for a lane
     K_WORDS, Q_WORDS = D // 4, D // 16 * 4
     TILE_WORDS = 2 * K_WORDS               # of keys, then of values
     TILES = 2 if D == 64 else 1            # under way at once, as far as there are registers
     WORDS = TILES * TILE_WORDS
-    OUTS, PARTS_4 = D // 8 * 4, PARTS * 4
+    OUTS = D // 8 * 4
 
     @cuda.jit(device=True)
     def load_tile(words, at, k_cache, v_cache, block_tables, row, g, first, end):
@@ -1916,76 +1917,6 @@ def make_attend_splits(D, FUSED):
             at = (b * heads + g * R + min(lane // 4 + half * 8, R - 1)) * D + lane % 4 * 8
             for step in range(D // 32):
                 load_16_bytes(words, 0, qkv, at + step * 32)
-                for w in range(4):
-                    q[(step * 2 + w // 2) * 4 + w % 2 * 2 + half] = words[w]
-
-    @cuda.jit(device=True)
-    def turn_heads(sums, shared_words, k_cache, v_cache, parts, cos, sin, slots, like, b, g, R, G,
-                   position, newest, scale):
-        """The R heads of q, rotated, to shared memory; with the newest token's split its k and v
-        to their block, and its own part of the attention to sums[DECODE_WARPS]: one key, whose
-        weight is 1. A warp takes a head, a lane two channels of each half of it."""
-        terms = cuda.local.array(PARTS_4, float32)
-        turns = cuda.local.array(4, float32)
-        lane, warp, heads = cuda.threadIdx.x % WARP, cuda.threadIdx.x // WARP, R * G + 2 * G
-        B, at = slots.shape[0], (int64(load_word(slots, b)) * G + g) * D
-        for turned in range(warp, R + 2 if newest else R, DECODE_WARPS):
-            head = g * R + turned
-            if turned >= R:
-                head = R * G + (turned - R) * G + g
-            for i in range(lane * 2, D // 2, WARP * 2):
-                for part in range(PARTS):
-                    j = ((part * B + b) * heads + head) * D + i
-                    load_2_floats(terms, part * 4, parts, j)
-                    load_2_floats(terms, part * 4 + 2, parts, j + D // 2)
-                load_2_floats(turns, 0, cos, position * (D // 2) + i)
-                load_2_floats(turns, 2, sin, position * (D // 2) + i)
-                for part in range(1, PARTS):
-                    for n in range(4):
-                        terms[n] += terms[part * 4 + n]
-                # subtle: an element before it is rotated, as in every rung
-                one, two = pack(terms[0], terms[1], like), pack(terms[2], terms[3], like)
-                if turned <= R:
-                    low, low_1 = low_element(one, like), high_element(one, like)
-                    high, high_1 = low_element(two, like), high_element(two, like)
-                    one = pack(low * turns[0] - high * turns[2],
-                               low_1 * turns[1] - high_1 * turns[3], like)
-                    two = pack(high * turns[0] + low * turns[2],
-                               high_1 * turns[1] + low_1 * turns[3], like)
-                if turned < R:
-                    shared_words[QUERIES_AT + (turned * D + i) // 2] = one
-                    shared_words[QUERIES_AT + (turned * D + D // 2 + i) // 2] = two
-                elif turned == R:
-                    store_word(k_cache, at + i, one)
-                    store_word(k_cache, at + D // 2 + i, two)
-                else:
-                    store_word(v_cache, at + i, one)
-                    store_word(v_cache, at + D // 2 + i, two)
-                j = TURNED_AT + turned * D + i
-                sums[j], sums[j + 1] = low_element(one, like), high_element(one, like)
-                sums[j + D // 2], sums[j + D // 2 + 1] = (low_element(two, like),
-                                                          high_element(two, like))
-        cuda.syncthreads()                 # else q and k are read before they are written
-        for r in range(warp, R, DECODE_WARPS):
-            to, dot = (DECODE_WARPS * R + r) * (D + 2), ZERO
-            for i in range(lane, D, WARP):
-                value = ZERO
-                if newest:
-                    dot += sums[TURNED_AT + r * D + i] * sums[TURNED_AT + R * D + i]
-                    value = sums[TURNED_AT + (R + 1) * D + i]
-                sums[to + i] = value
-            dot = warp_sum(dot)
-            if lane == 0:
-                sums[to + D], sums[to + D + 1] = dot * scale if newest else NEG_INF, ONE
-
-    @cuda.jit(device=True)
-    def load_turned(q, words, shared_words, R):
-        """load_queries from shared memory."""
-        lane = cuda.threadIdx.x % WARP
-        for half in range(2):
-            at = QUERIES_AT + (min(lane // 4 + half * 8, R - 1) * D + lane % 4 * 8) // 2
-            for step in range(D // 32):
-                load_shared(words, 0, shared_words, at + step * 16)
                 for w in range(4):
                     q[(step * 2 + w // 2) * 4 + w % 2 * 2 + half] = words[w]
 
@@ -2050,15 +1981,15 @@ def make_attend_splits(D, FUSED):
                 sums[at + D], sums[at + D + 1] = m[half] * scale, total
 
     @cuda.jit(device=True)
-    def join_warps(out, partial, sums, b, g, j, R, count, only):
-        """`count` sums together: the attention itself if this is the context's only split,
+    def join_warps(out, partial, sums, b, g, j, R, only):
+        """The sums of all warps together: the attention itself if this is the context's only split,
         otherwise a part of it."""
         for i in range(cuda.threadIdx.x, R * D, WARP * DECODE_WARPS):
             r, d = i // D, i % D
             m, l, o = NEG_INF, ZERO, ZERO
-            for w in range(count):
+            for w in range(DECODE_WARPS):
                 m = max(m, sums[(w * R + r) * (D + 2) + D])
-            for w in range(count):
+            for w in range(DECODE_WARPS):
                 at = (w * R + r) * (D + 2)
                 weight = exp2(sums[at + D] - m)                # a warp without keys has m = -inf
                 l += sums[at + D + 1] * weight
@@ -2071,18 +2002,10 @@ def make_attend_splits(D, FUSED):
                     partial[j, g * R + r, D], partial[j, g * R + r, D + 1] = m, l
 
     @cuda.jit(device=True)
-    def locate(item, G, seq_lens, splits, rows, split):
-        """b, the row of its block table, the first key and the length of the context of an item: an
-        item is a KV head of a split."""
-        j = int64(divide(uint32(item), uint32(G)))
-        b = int64(load_word(splits, seq_lens.shape[0] + 1 + j))
-        first = (j - int64(load_word(splits, b))) * split
-        return b, int64(load_word(rows, b)), first, int64(load_word(seq_lens, b))
-
-    @cuda.jit(device=True)
-    def attend_splits(out, partial, sums, shared_words, qkv, parts, cos, sin, slots, k_cache,
-                      v_cache, block_tables, rows, seq_lens, splits, arrivals, goal, split):
-        """Attention of every gridDim.x-th item, and returns the goal of the next meeting.
+    def attend_splits(out, partial, sums, qkv, k_cache, v_cache, block_tables, rows, seq_lens,
+                      splits, split, b, row, first, S):
+        """Attention of every gridDim.x-th item; b, row, first, S are those of this thread block's
+        first one.
 
         A whole thread block works on an item, a warp on every DECODE_WARPS-th tile of 16 keys.
         While a tile is used the next is under way, even that of the next item.
@@ -2096,69 +2019,66 @@ def make_attend_splits(D, FUSED):
         acc = cuda.local.array(OUTS, float32)
         m = cuda.local.array(2, float32)
         l = cuda.local.array(2, float32)
-        warp, B = cuda.threadIdx.x // WARP, seq_lens.shape[0]
-        G, H = k_cache.shape[2], out.shape[1]
-        R, width = int64(divide(uint32(H), uint32(G))), DECODE_WARPS * 16
-        scale = LOG2E / math.sqrt(float32(D))
-        item, stride, items = int64(cuda.blockIdx.x), cuda.gridDim.x, splits[B] * G
-        sums_count = DECODE_WARPS + 1 if FUSED else DECODE_WARPS
-        b, row, first, S, end, g = 0, 0, 0, 0, 0, 0
+        warp, B, scale = cuda.threadIdx.x // WARP, seq_lens.shape[0], LOG2E / math.sqrt(float32(D))
+        G, H, width = k_cache.shape[2], out.shape[1], DECODE_WARPS * 16
+        R, items = int64(divide(uint32(H), uint32(G))), int64(load_word(splits, B)) * G
+        item, stride = int64(cuda.blockIdx.x), int64(cuda.gridDim.x)
+        j = int64(divide(uint32(item), uint32(G)))
+        end, g = min(first + split, S), item - j * G
         if item < items:
-            g = item - int64(divide(uint32(item), uint32(G))) * G
-            b, row, first, S = locate(item, G, seq_lens, splits, rows, split)
-            end = min(first + split, S - 1 if FUSED else S)
             for i in range(TILES):
                 load_tile(words, i * TILE_WORDS, k_cache, v_cache, block_tables, row, g,
                           first + i * width + warp * 16, end)
-        if FUSED:                          # what comes from this step is there after this, not before
-            goal = meet_thread_blocks(arrivals, goal)
         while item < items:
-            this_b, this_end, this_S, this_first = b, end, S, first
-            next_row, next_first, next_S, next_g = row, first, S, g
-            j = int64(divide(uint32(item), uint32(G)))
+            load_queries(q, q_words, qkv, b, g, R, G)
+            next_b, next_row, next_first, next_S = b, row, first, S
             if item + stride < items:
-                next_g = item + stride - int64(divide(uint32(item + stride), uint32(G))) * G
-                b, next_row, next_first, next_S = locate(item + stride, G, seq_lens, splits, rows,
-                                                         split)
-            next_end = min(next_first + split, next_S - 1 if FUSED else next_S)
-            if FUSED:
-                newest = this_first + split >= this_S
-                turn_heads(sums, shared_words, k_cache, v_cache, parts, cos, sin, slots, out, this_b,
-                           g, R, G, this_S - 1, newest, scale)
-                load_turned(q, q_words, shared_words, R)
-            else:
-                load_queries(q, q_words, qkv, this_b, g, R, G)
+                next_b, next_row, next_first, next_S = locate(item + stride, G, seq_lens, splits,
+                                                              rows, split)
+            next_j = int64(divide(uint32(item + stride), uint32(G)))
+            next_end, next_g = min(next_first + split, next_S), item + stride - next_j * G
             for half in range(2):
                 m[half], l[half] = NEG_INF, ZERO
             for i in range(OUTS):
                 acc[i] = ZERO
-            s, rounds = this_first + warp * 16, ceil_div_int(this_end - this_first, TILES * width)
-            for round_ in range(max(rounds, 1)):
-                last = round_ + 1 >= rounds
-                more, limit = not last or item + stride < items, next_end if last else this_end
+            s, rounds = first + warp * 16, ceil_div_int(end - first, TILES * width)
+            for round_ in range(rounds):
+                last = round_ + 1 == rounds
+                more, limit = not last or item + stride < items, next_end if last else end
                 tile_row, tile_g = next_row if last else row, next_g if last else g
                 ahead = next_first + warp * 16 if last else s + TILES * width
                 for i in range(TILES):
-                    if s + i * width < this_end:
+                    if s + i * width < end:
                         add_tile(acc, m, l, q, words, i * TILE_WORDS, x, p, b_words, s + i * width,
-                                 this_end, scale, out)
+                                 end, scale, out)
                     if more:
                         load_tile(words, i * TILE_WORDS, k_cache, v_cache, block_tables, tile_row,
                                   tile_g, ahead + i * width, limit)
                 s += TILES * width
             store_sums(sums, acc, m, l, R, scale)
             cuda.syncthreads()             # else a warp's sums are read before they are written
-            join_warps(out, partial, sums, this_b, g, j, R, sums_count,
-                       splits[this_b + 1] - splits[this_b] == 1)
+            only = load_word(splits, b + 1) - load_word(splits, b) == 1
+            join_warps(out, partial, sums, b, g, j, R, only)
             cuda.syncthreads()             # else the next item overwrites sums still being read
-            row, first, S, end, g = next_row, next_first, next_S, next_end, next_g
+            b, row, first, S, end, g, j = (next_b, next_row, next_first, next_S, next_end, next_g,
+                                           next_j)
             item += stride
-        return goal
     return attend_splits
 
 
-ATTEND_SPLITS = {(D, fused): make_attend_splits(D, fused) for D in (64, 128, 192, 256)
-                 for fused in (False, True)}
+ATTEND_SPLITS = {D: make_attend_splits(D) for D in (64, 128, 192, 256)}
+
+
+@cuda.jit(device=True)
+def locate(item, G, seq_lens, splits, rows, split):
+    """b, the row of its block table, the first key and the length of the context of an item, which
+    is a KV head of a split; of item 0 where there are fewer."""
+    j = int64(divide(uint32(item), uint32(G)))
+    if j >= int64(load_word(splits, seq_lens.shape[0])):
+        j = 0
+    b = int64(load_word(splits, seq_lens.shape[0] + 1 + j))
+    first = (j - int64(load_word(splits, b))) * split
+    return b, int64(load_word(rows, b)), first, int64(load_word(seq_lens, b))
 
 
 @cuda.jit(device=True)
@@ -2178,7 +2098,7 @@ def merge_head(out, partial, splits, b, h, first, stride):
 
 def make_paged_decode(D):
     """The kernel for one head_dim."""
-    attend_splits = ATTEND_SPLITS[D, False]
+    attend_splits = ATTEND_SPLITS[D]
 
     @cuda.jit(cache=True)
     def paged_decode_kernel(out, partial, qkv, k_cache, v_cache, block_tables, rows, seq_lens,
@@ -2202,13 +2122,13 @@ def make_paged_decode(D):
         sums = cuda.shared.array(0, float32)
         start_next_kernel()
         wait_for_inputs()
-        words = cuda.shared.array(0, uint32)
-        attend_splits(out, partial, sums, words, qkv, partial, partial, partial, rows, k_cache,
-                      v_cache, block_tables, rows, seq_lens, splits, words, uint32(0), split)
+        b, row, first, S = locate(cuda.blockIdx.x, k_cache.shape[2], seq_lens, splits, rows, split)
+        attend_splits(out, partial, sums, qkv, k_cache, v_cache, block_tables, rows, seq_lens,
+                      splits, split, b, row, first, S)
     return paged_decode_kernel
 
 
-PAGED_DECODE = {D: make_paged_decode(D) for D, fused in ATTEND_SPLITS if not fused}
+PAGED_DECODE = {D: make_paged_decode(D) for D in ATTEND_SPLITS}
 
 
 @cuda.jit(cache=True)
@@ -2778,14 +2698,17 @@ def begin_decode(tokens, positions, slots, seq_lens, splits, inputs, state, bloc
 
 PERSISTENT_WARPS = DECODE_WARPS
 PERSISTENT_TOKENS = 64                     # most of one launch
+PARTS = 2 if SIMULATOR else 4              # thread blocks that share the K of an item, where it has
+                                           # few rows: their sums are added by who reads them
 RING_STEPS = 2 if SIMULATOR else 6
 STEP_VECTORS = 8                           # 16-byte vectors of a step for a lane
 STEP_WORDS = STEP_VECTORS * 4 * WARP       # of shared memory: 4 KB
 SUM_WORDS = 8192                           # of shared memory, in front of the rings
 RING_WORDS = PERSISTENT_WARPS * RING_STEPS * STEP_WORDS
+PARTS_BITS = PARTS.bit_length() - 1
 UNIT_K = WARP * PERSISTENT_WARPS           # K of a matmul is cut into steps for each warp
 QKV, O, GATE_UP, DOWN, LM_HEAD = range(5)  # the matmuls of a layer in their order, and the last one
-OFFSET, ITEMS, SHARED, STEPS, K_SIZE, FAR = range(6)           # columns of the plan, see make_plan
+ITEMS, SHARED, STEPS, K_SIZE, TO_FAR, SIZE = range(6)          # columns of the plan, see make_plan
 
 
 def layer_size(H, G, D, C, F):
@@ -2808,8 +2731,8 @@ def forward_decode_ref(logits, x, h, qkv, o, act, k_cache, v_cache, parts, parti
                        embed, norms, matrices, eps):
     """Logits of one token for each request: the whole transformer.
 
-    logits (B, V) f32, x and h (B, C), o (B, H, D), act (B, F) written, qkv (B, H+2G, D) by the twin
-    alone; k_cache
+    logits (B, V) f32, x and h (B, C), qkv (B, H+2G, D), of which q counts, o (B, H, D), act (B, F)
+    written; k_cache
     and v_cache (L, blocks, P, G, D) appended to; parts (floats,), partial (J, H, D+2) and arrivals
     (1,) are workspace of the kernel; tokens, positions, slots, rows, seq_lens (B,) i32, splits and
     block_tables as begin_decode leaves them; embed (V, C); norms (2L+1, C): before attention and
@@ -2857,10 +2780,9 @@ def leave_thread_blocks(arrivals, goal):
 
 @cuda.jit(device=True)
 def make_plan(plan, C, HD, N_QKV, F, V):
-    """plan[kind * 6 + column]: where the matrix begins in its layer, items, whether PARTS of them
-    share a K, steps of a warp in an item, K, and how many rows the far half of an item is from the
-    near one: the up rows of SwiGLU stand in an item with their gate rows."""
-    at = 0
+    """plan[kind * 6 + column]: items, whether PARTS of them share a K, steps of a warp in an item,
+    K, elements from an item's near 32 rows to its far ones (the up rows of SwiGLU stand in an item
+    with their gate rows), and size of the matrix."""
     for kind in range(5):
         N, K, shared, far = V, C, 0, 32
         if kind == QKV:
@@ -2872,60 +2794,56 @@ def make_plan(plan, C, HD, N_QKV, F, V):
         elif kind == DOWN:
             N, K, shared = C, F, 1
         parts = PARTS if shared else 1
-        plan[kind * 6 + OFFSET] = at if kind < LM_HEAD else 0
         plan[kind * 6 + ITEMS], plan[kind * 6 + SHARED] = N // 64 * parts, shared
         plan[kind * 6 + STEPS] = K // parts // UNIT_K
-        plan[kind * 6 + K_SIZE], plan[kind * 6 + FAR] = K, far
-        at += N * K
+        plan[kind * 6 + K_SIZE], plan[kind * 6 + TO_FAR] = K, far * K
+        plan[kind * 6 + SIZE] = N * K
+
+
+# of a cursor: where in the stream of weights a warp is: matrices left, with this one; kind and
+# first element of the matrix; item; steps left in it; and this lane's next element
+MATRICES, KIND, BASE, ITEM, LEFT, AT = range(6)
 
 
 @cuda.jit(device=True)
-def kind_of(matrix, num_matrices):
-    return LM_HEAD if matrix == num_matrices - 1 else matrix % 4
-
-
-# of a cursor: where in the stream of weights a warp is, and what its copies need to know
-MATRIX, ITEM, LEFT, AT, ROW_SIZE, TO_FAR = range(6)
-
-
-@cuda.jit(device=True)
-def open_item(cursor, plan, num_matrices, layer_elements):
+def open_item(cursor, plan):
     """The cursor at the beginning of the item that cursor[ITEM] names, in its matrix or, past the
     items of that, in the next: so the thread blocks that one matrix leaves without work are the
     first to get some of the next."""
-    lane, warp = cuda.threadIdx.x % WARP, cuda.threadIdx.x // WARP
-    matrix, item = cursor[MATRIX], cursor[ITEM]
-    kind = kind_of(matrix, num_matrices) * 6
-    while matrix < num_matrices and item >= plan[kind + ITEMS]:
-        item -= plan[kind + ITEMS]
-        matrix += 1
-        kind = kind_of(matrix, num_matrices) * 6
-    cursor[MATRIX], cursor[ITEM] = matrix, item
-    if matrix < num_matrices:
-        K, group, part = plan[kind + K_SIZE], item, 0
-        if plan[kind + SHARED]:
-            group, part = item // PARTS, item % PARTS
-        row = group * (64 if plan[kind + FAR] == 32 else 32) + lane // 4
-        cursor[LEFT], cursor[ROW_SIZE], cursor[TO_FAR] = plan[kind + STEPS], K, plan[kind + FAR] * K
+    kind = cursor[KIND]
+    while cursor[MATRICES] > 0 and cursor[ITEM] >= plan[kind * 6 + ITEMS]:
+        cursor[ITEM] -= plan[kind * 6 + ITEMS]
+        cursor[BASE] += plan[kind * 6 + SIZE]
+        cursor[MATRICES] -= 1
+        kind = LM_HEAD if cursor[MATRICES] == 1 else (kind + 1) & 3
+    cursor[KIND] = kind
+    if cursor[MATRICES] > 0:
+        lane, warp = cuda.threadIdx.x % WARP, cuda.threadIdx.x // WARP
+        K, group, part = plan[kind * 6 + K_SIZE], cursor[ITEM], 0
+        cursor[LEFT] = plan[kind * 6 + STEPS]
+        if plan[kind * 6 + SHARED]:
+            group, part = group >> PARTS_BITS, group & (PARTS - 1)
+        row = group * (32 if kind == GATE_UP else 64) + lane // 4
         # the warps share 8 chunks of 32 along K at a time: then all of them together read long
         # pieces of a row, which is what memory likes
-        cursor[AT] = (matrix // 4 * layer_elements + plan[kind + OFFSET] + row * K
-                      + part * plan[kind + STEPS] * UNIT_K + warp * 32 + lane % 4 * 8)
+        cursor[AT] = (cursor[BASE] + row * K + part * cursor[LEFT] * UNIT_K + warp * 32
+                      + lane % 4 * 8)
 
 
 @cuda.jit(device=True)
-def start_step(ring, place, cursor, plan, weights, num_matrices, layer_elements):
+def start_step(ring, place, cursor, plan, weights):
     """Starts the copies of this warp's next step into its place in the ring. After the last step
     of all an empty group, so that as many as ever are under way."""
-    if cursor[LEFT] == 0 and cursor[MATRIX] < num_matrices:
+    if cursor[LEFT] == 0 and cursor[MATRICES] > 0:
         cursor[ITEM] += cuda.gridDim.x
-        open_item(cursor, plan, num_matrices, layer_elements)
+        open_item(cursor, plan)
     if cursor[LEFT] > 0:
+        row_size = plan[cursor[KIND] * 6 + K_SIZE]
         for tile in range(4):
             for half in range(2):
-                at = cursor[AT] + (tile % 2 * 16 + half * 8) * cursor[ROW_SIZE]
+                at = cursor[AT] + (tile % 2 * 16 + half * 8) * row_size
                 if tile >= 2:
-                    at += cursor[TO_FAR]
+                    at += plan[cursor[KIND] * 6 + TO_FAR]
                 stream_async(ring, place + (tile * 2 + half) * WARP * 4, weights, at)
         cursor[AT] += UNIT_K
         cursor[LEFT] -= 1
@@ -2934,7 +2852,7 @@ def start_step(ring, place, cursor, plan, weights, num_matrices, layer_elements)
 
 def make_forward_decode(D, MMAS_T):
     """The kernel for one head_dim and up to 8 * MMAS_T tokens."""
-    attend_splits = ATTEND_SPLITS[D, True]
+    attend_splits = ATTEND_SPLITS[D]
     NUM_THREADS = WARP * PERSISTENT_WARPS
     ACCUMULATORS = 4 * MMAS_T * 4
     AHEAD = 8 // MMAS_T                                # steps whose x is loaded at once
@@ -2942,7 +2860,7 @@ def make_forward_decode(D, MMAS_T):
     TILES_A_ROUND = min(4, 8 // MMAS_T)                # tiles of 16 rows whose sums fit in SUM_WORDS
     TILE_SUMS = MMAS_T * 4 * WARP                      # of one warp
     SUMS_A_THREAD = ceil_div(TILE_SUMS, NUM_THREADS)
-    TOTALS, PARTS_8 = 4 * SUMS_A_THREAD, PARTS * 8
+    TOTALS, PARTS_8, PARTS_4 = 4 * SUMS_A_THREAD, PARTS * 8, PARTS * 4
 
     @cuda.jit(device=True)
     def norm_tokens(shared_words, h, x, parts, embed, tokens, norms, n, eps):
@@ -2977,7 +2895,7 @@ def make_forward_decode(D, MMAS_T):
                     squares += low * low + high * high
                 store_16_bytes(x, b * C + c, words, 0)
                 store_shared(shared_words, c // 2, words, 0)
-            scale = ONE / math.sqrt(block_sum(squares) / float32(C) + eps)
+            scale = inverse_sqrt(block_sum(squares) / float32(C) + eps)
             for c in range(cuda.threadIdx.x * 8, C, NUM_THREADS * 8):
                 load_shared(words, 0, shared_words, c // 2)
                 load_shared(gains, 0, shared_words, (C + c) // 2)
@@ -2987,6 +2905,50 @@ def make_forward_decode(D, MMAS_T):
                     words[i] = pack(low_element(normed, x) * low_element(gains[i], x),
                                     high_element(normed, x) * high_element(gains[i], x), x)
                 store_16_bytes(h, b * C + c, words, 0)
+
+    @cuda.jit(device=True)
+    def rotate_heads(qkv, k_cache, v_cache, parts, cos, sin, positions, slots):
+        """The heads of q, k and v from parts: q and k rotated; q to qkv, k and v to their blocks. A
+        warp takes a head of a token, a lane two channels of each half of it."""
+        terms = cuda.local.array(PARTS_4, float32)
+        turns = cuda.local.array(4, float32)
+        lane, warp = cuda.threadIdx.x % WARP, cuda.threadIdx.x // WARP
+        B, heads, G = qkv.shape[0], qkv.shape[1], k_cache.shape[2]
+        for item in range(warp * cuda.gridDim.x + cuda.blockIdx.x, B * heads,
+                          PERSISTENT_WARPS * cuda.gridDim.x):
+            b = int64(divide(uint32(item), uint32(heads)))
+            head, slot = item - b * heads, int64(load_word(slots, b)) * G
+            position = int64(load_word(positions, b)) * (D // 2)
+            for i in range(lane * 2, D // 2, WARP * 2):
+                for p in range(PARTS):
+                    at = (p * B * heads + item) * D + i
+                    load_2_floats(terms, p * 4, parts, at)
+                    load_2_floats(terms, p * 4 + 2, parts, at + D // 2)
+                load_2_floats(turns, 0, cos, position + i)
+                load_2_floats(turns, 2, sin, position + i)
+                for p in range(1, PARTS):
+                    for n in range(4):
+                        terms[n] += terms[p * 4 + n]
+                # subtle: an element before it is rotated, as in every rung
+                one, two = pack(terms[0], terms[1], qkv), pack(terms[2], terms[3], qkv)
+                if head < heads - G:
+                    low, low_1 = low_element(one, qkv), high_element(one, qkv)
+                    high, high_1 = low_element(two, qkv), high_element(two, qkv)
+                    one = pack(low * turns[0] - high * turns[2],
+                               low_1 * turns[1] - high_1 * turns[3], qkv)
+                    two = pack(high * turns[0] + low * turns[2],
+                               high_1 * turns[1] + low_1 * turns[3], qkv)
+                if head < heads - 2 * G:
+                    store_word(qkv, item * D + i, one)
+                    store_word(qkv, item * D + D // 2 + i, two)
+                elif head < heads - G:
+                    at = (slot + head - (heads - 2 * G)) * D + i
+                    store_word(k_cache, at, one)
+                    store_word(k_cache, at + D // 2, two)
+                else:
+                    at = (slot + head - (heads - G)) * D + i
+                    store_word(v_cache, at, one)
+                    store_word(v_cache, at + D // 2, two)
 
     @cuda.jit(device=True)
     def load_x(x_words, source, K, k, steps):
@@ -3060,19 +3022,20 @@ def make_forward_decode(D, MMAS_T):
                         act[b, item * 32 + tile * 16 + row] = narrow(silu(total) * up, act)
 
     @cuda.jit(cache=True)
-    def forward_decode_kernel(logits, x, h, o, flat_o, act, k_cache, v_cache, parts, partial,
-                              arrivals, tokens, slots, rows, seq_lens, splits, block_tables, cos,
-                              sin, embed, norms, matrices, eps):
+    def forward_decode_kernel(logits, x, h, qkv, o, flat_o, act, k_cache, v_cache, parts, partial,
+                              arrivals, tokens, positions, slots, rows, seq_lens, splits,
+                              block_tables, cos, sin, embed, norms, matrices, eps):
         """logits of one token for each request: embedding, all layers, norm and lm_head
 
         logits           (B, V)               f32        written
         x, h             (B, C)               f16 bf16   written: residual stream, normed
+        qkv              (B, H+2G, D)         as x       q written
         o, act           (B, H, D), (B, F)    as x       written; flat_o is o as (B, H*D)
         k_cache, v_cache (L, blocks, P, G, D) as x       one slot for each token written, context read
         parts            (PARTS*B*N,)         f32        workspace: sums of a matmul, N its rows
         partial          (J, H, D+2)          f32        workspace of contexts of several splits
         arrivals         (1,)                 u32        0 before and after
-        tokens, slots, rows, seq_lens (B,) i32, splits (B+1+J,) i32, block_tables   read
+        tokens, positions, slots, rows, seq_lens (B,), splits (B+1+J,), block_tables   i32   read
         cos, sin         (positions, D/2)     f32        read
         embed            (V, C)               as x       B rows read
         norms, matrices  (2L+1, C), (all,)    as x       read once
@@ -3097,7 +3060,6 @@ def make_forward_decode(D, MMAS_T):
         tid, lane, warp = cuda.threadIdx.x, cuda.threadIdx.x % WARP, cuda.threadIdx.x // WARP
         (B, C), (H, F), G = x.shape, (o.shape[1], act.shape[1]), k_cache.shape[3]
         heads, num_matrices = H + 2 * G, k_cache.shape[0] * 4 + 1
-        layer_elements = heads * D * C + C * H * D + 3 * C * F
         if tid == 0:
             make_plan(plan, C, H * D, heads * D, F, logits.shape[1])
         cuda.syncthreads()                 # else a thread reads the plan before it is made
@@ -3105,29 +3067,34 @@ def make_forward_decode(D, MMAS_T):
         # this warp's steps lie from here on: a lane reads what it copied, nobody else does
         first_place = SUM_WORDS + (warp * RING_STEPS * STEP_VECTORS * WARP + lane) * 4
         x_place = (warp * 8 * WARP + lane) * 4     # and its x where later the sums are
-        cursor[MATRIX], cursor[ITEM] = 0, cuda.blockIdx.x
-        open_item(cursor, plan, num_matrices, layer_elements)
+        cursor[MATRICES], cursor[KIND], cursor[BASE] = num_matrices, QKV, 0
+        cursor[ITEM], cursor[LEFT] = cuda.blockIdx.x, 0
+        open_item(cursor, plan)
         for step in range(RING_STEPS):
-            start_step(ring, first_place + step * STEP_WORDS, cursor, plan, matrices, num_matrices,
-                       layer_elements)
+            start_step(ring, first_place + step * STEP_WORDS, cursor, plan, matrices)
         wait_for_inputs()                  # weights are on their way, and were there before
 
-        goal, turn, item = uint32(cuda.gridDim.x), 0, int64(cuda.blockIdx.x)
+        goal, turn, item, kind = uint32(cuda.gridDim.x), 0, int64(cuda.blockIdx.x), QKV
         for matrix in range(num_matrices):
-            kind, layer = kind_of(matrix, num_matrices), matrix // 4
+            if matrix + 1 == num_matrices:
+                kind = LM_HEAD
             if kind == O:
-                goal = attend_splits(o, partial, sums, ring, flat_o, parts, cos, sin, slots,
-                                     k_cache[layer], v_cache[layer], block_tables, rows, seq_lens,
-                                     splits, arrivals, goal, SPLIT)
+                layer = matrix >> 2
+                rotate_heads(qkv, k_cache[layer], v_cache[layer], parts, cos, sin, positions, slots)
+                b, row, first, S = locate(cuda.blockIdx.x, G, seq_lens, splits, rows, SPLIT)
+                goal = meet_thread_blocks(arrivals, goal)
+                attend_splits(o, partial, sums, qkv, k_cache[layer], v_cache[layer], block_tables,
+                              rows, seq_lens, splits, SPLIT, b, row, first, S)
                 goal = meet_thread_blocks(arrivals, goal)
                 if splits[B] > B:          # some context has several splits
                     for pair in range(warp * cuda.gridDim.x + cuda.blockIdx.x, B * H,
                                       PERSISTENT_WARPS * cuda.gridDim.x):
-                        if splits[pair // H + 1] - splits[pair // H] > 1:
-                            merge_head(o, partial, splits, pair // H, pair % H, lane, WARP)
+                        b = int64(divide(uint32(pair), uint32(H)))
+                        if splits[b + 1] - splits[b] > 1:
+                            merge_head(o, partial, splits, b, pair - b * H, lane, WARP)
                     goal = meet_thread_blocks(arrivals, goal)
             elif kind != DOWN:
-                norm_tokens(ring, h, x, parts, embed, tokens, norms, (matrix + 1) // 2, eps)
+                norm_tokens(ring, h, x, parts, embed, tokens, norms, (matrix + 1) >> 1, eps)
                 goal = meet_thread_blocks(arrivals, goal)
 
             source = flat_o if kind == O else act if kind == DOWN else h
@@ -3135,7 +3102,7 @@ def make_forward_decode(D, MMAS_T):
             while item < plan[kind * 6 + ITEMS]:
                 group, part = item, 0
                 if plan[kind * 6 + SHARED]:
-                    group, part = item // PARTS, item % PARTS
+                    group, part = item >> PARTS_BITS, item & (PARTS - 1)
                 for i in range(ACCUMULATORS):
                     acc[i] = ZERO
                 k = part * steps * UNIT_K + warp * 32 + lane % 4 * 8
@@ -3150,8 +3117,7 @@ def make_forward_decode(D, MMAS_T):
                         copies_wait_but_5()
                         multiply_step(acc, ring, place, x_place + i * MMAS_T * WARP * 4, words,
                                       step_x, a, h)
-                        start_step(ring, place, cursor, plan, matrices, num_matrices,
-                                   layer_elements)
+                        start_step(ring, place, cursor, plan, matrices)
                         turn = turn + 1 if turn + 1 < RING_STEPS else 0
                 cuda.syncthreads()         # else sums overwrite the x of a slow warp
                 add_warps(totals, acc, sums, 0)
@@ -3164,7 +3130,8 @@ def make_forward_decode(D, MMAS_T):
                            heads * D if kind == QKV else C)
                 item += cuda.gridDim.x
             item -= plan[kind * 6 + ITEMS]
-            if kind != QKV and matrix + 1 < num_matrices:      # attention meets by itself
+            kind = (kind + 1) & 3
+            if matrix + 1 < num_matrices:
                 goal = meet_thread_blocks(arrivals, goal)
         leave_thread_blocks(arrivals, goal)
     return forward_decode_kernel
@@ -3183,15 +3150,16 @@ def forward_decode(logits, x, h, qkv, o, act, k_cache, v_cache, parts, partial, 
     assert problem is None, problem
     assert B <= PERSISTENT_TOKENS, f"{B} tokens, expected at most {PERSISTENT_TOKENS}"
     assert x.shape == h.shape == (B, C) and o.shape[0] == act.shape[0] == B, (x.shape, act.shape)
-    assert v_cache.shape == k_cache.shape and norms.shape == (2 * L + 1, C), norms.shape
+    assert qkv.shape == (B, H + 2 * G, D) and v_cache.shape == k_cache.shape, qkv.shape
+    assert norms.shape == (2 * L + 1, C), norms.shape
     assert embed.shape == (V, C) and len(matrices) == L * layer_size(H, G, D, C, F) + V * C
     assert parts.size >= PARTS * B * max(C, (H + 2 * G) * D) and partial.shape[1:] == (H, D + 2)
     mmas = min(mmas for mmas in (1, 2, 4, 8) if mmas * 8 >= B)
     grid = 1 if SIMULATOR else cuda.get_current_device().MULTIPROCESSOR_COUNT
     launch(FORWARD_DECODE[D, mmas], grid, WARP * PERSISTENT_WARPS, stream,
-           4 * (SUM_WORDS + RING_WORDS), logits, x, h, o, o.reshape(B, H * D), act, k_cache,
-           v_cache, parts, partial, arrivals, tokens, slots, rows, seq_lens, splits, block_tables,
-           cos, sin, embed, norms, matrices, np.float32(eps))
+           4 * (SUM_WORDS + RING_WORDS), logits, x, h, qkv, o, o.reshape(B, H * D), act,
+           k_cache, v_cache, parts, partial, arrivals, tokens, positions, slots, rows, seq_lens,
+           splits, block_tables, cos, sin, embed, norms, matrices, np.float32(eps))
 
 
 def fits_persistent(H, G, D, C, F, V):
@@ -3202,9 +3170,7 @@ def fits_persistent(H, G, D, C, F, V):
             return f"{name} {value} is no multiple of {unit}"
     if V % 64 or C > SUM_WORDS:
         return f"vocab_size {V} is no multiple of 64, or hidden_size {C} is above {SUM_WORDS}"
-    if D not in PAGED_DECODE or R > 16 or max(
-            (DECODE_WARPS + 1) * R * (D + 2) - QUERIES_AT, R * D // 2 - (TURNED_AT - QUERIES_AT),
-            (R + 2) * D - (SUM_WORDS - TURNED_AT)) > 0:
+    if D not in PAGED_DECODE or R > 16 or DECODE_WARPS * R * (D + 2) > SUM_WORDS:
         return f"head_dim {D} with {R} query heads for a KV head leaves no room for their sums"
     return None
 
