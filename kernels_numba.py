@@ -404,9 +404,9 @@ def copies_wait_but_1():
     """Waits until at most the newest group of this thread is under way."""
 
 
-@instruction("cp.async.wait_group 4;")
-def copies_wait_but_4():
-    """Waits until at most the newest four groups of this thread are under way."""
+@instruction("cp.async.wait_group 5;")
+def copies_wait_but_5():
+    """Waits until at most the newest five groups of this thread are under way."""
 
 
 def matrices_of(given, transpose):
@@ -1868,8 +1868,7 @@ def attention_tiled(out, qkv, k_cache, v_cache, block_tables, rows, query_starts
 
 # ---- decode: a warp walks tiles of 16 keys for R query heads at once ----
 
-DECODE_WARPS = 4 if SIMULATOR else 16
-REGISTERS_OF_16_WARPS = {} if SIMULATOR else dict(max_registers=128)
+DECODE_WARPS = 2 if SIMULATOR else 8
 SPLIT = 512                                # tokens of context that one thread block takes
 WHOLE = 1 << 30                            # a split that no context exceeds
 DECODE_THREAD_BLOCKS = 3 if SIMULATOR else 264         # two for each multiprocessor of an H100
@@ -1886,7 +1885,7 @@ def make_attend_splits(D):
     VECTORS = D // 64                      # 16-byte pieces of a value row for a lane
     K_WORDS, Q_WORDS = D // 4, D // 16 * 4
     TILE_WORDS = 2 * K_WORDS               # of keys, then of values
-    TILES = 1                              # under way at once, as far as there are registers
+    TILES = 2 if D == 64 else 1            # under way at once, as far as there are registers
     WORDS = TILES * TILE_WORDS
     OUTS = D // 8 * 4
 
@@ -2101,7 +2100,7 @@ def make_paged_decode(D):
     """The kernel for one head_dim."""
     attend_splits = ATTEND_SPLITS[D]
 
-    @cuda.jit(cache=True, **REGISTERS_OF_16_WARPS)
+    @cuda.jit(cache=True)
     def paged_decode_kernel(out, partial, qkv, k_cache, v_cache, block_tables, rows, seq_lens,
                             splits, split):
         """softmax(q k^T / sqrt(D)) v of R query heads, or its partial sums over one split
@@ -2694,21 +2693,20 @@ def begin_decode(tokens, positions, slots, seq_lens, splits, inputs, state, bloc
 #             copies start here ^ as soon as its last content is used
 #
 # A matmul is cut into items: 64 rows of a weight matrix, by all or a PARTS-th of its K. A thread
-# block takes every gridDim.x-th item. Of its warps two and two share a K, one for the item's near 32
-# rows, one for the far ones; the pairs take 32 along K in turns. A step is what a warp multiplies at
-# once: 32 rows by 32. Sums over K are taken in the same order for any number of tokens.
+# block takes every gridDim.x-th item, its warps share the item's K. A step is what a warp multiplies
+# at once: 64 rows by 32 along K. Sums over K are taken in the same order for any number of tokens.
 
 PERSISTENT_WARPS = DECODE_WARPS
 PERSISTENT_TOKENS = 64                     # most of one launch
 PARTS = 2 if SIMULATOR else 4              # thread blocks that share the K of an item, where it has
-PARTS_BITS = PARTS.bit_length() - 1        # few rows: their sums are added by who reads them
-SHARES = PERSISTENT_WARPS // 2             # of an item's K
-UNIT_K = 32 * SHARES                       # K of an item is a multiple of this
-RING_STEPS = 2 if SIMULATOR else 5
-STEP_VECTORS = 4                           # 16-byte vectors of a step for a lane
-STEP_WORDS = STEP_VECTORS * 4 * WARP       # of shared memory: 2 KB
-SUM_WORDS = 16384                          # of shared memory, in front of the rings
+                                           # few rows: their sums are added by who reads them
+RING_STEPS = 2 if SIMULATOR else 6
+STEP_VECTORS = 8                           # 16-byte vectors of a step for a lane
+STEP_WORDS = STEP_VECTORS * 4 * WARP       # of shared memory: 4 KB
+SUM_WORDS = 8192                           # of shared memory, in front of the rings
 RING_WORDS = PERSISTENT_WARPS * RING_STEPS * STEP_WORDS
+PARTS_BITS = PARTS.bit_length() - 1
+UNIT_K = WARP * PERSISTENT_WARPS           # K of a matmul is cut into steps for each warp
 QKV, O, GATE_UP, DOWN, LM_HEAD = range(5)  # the matmuls of a layer in their order, and the last one
 ITEMS, SHARED, STEPS, K_SIZE, TO_FAR, SIZE = range(6)          # columns of the plan, see make_plan
 
@@ -2826,10 +2824,10 @@ def open_item(cursor, plan):
         if plan[kind * 6 + SHARED]:
             group, part = group >> PARTS_BITS, group & (PARTS - 1)
         row = group * (32 if kind == GATE_UP else 64) + lane // 4
-        # the pairs of warps take neighbouring pieces of 32 along K: all together read long pieces
-        # of a row, which is what memory likes
-        cursor[AT] = (cursor[BASE] + row * K + (warp & 1) * plan[kind * 6 + TO_FAR]
-                      + part * cursor[LEFT] * UNIT_K + (warp >> 1) * 32 + lane % 4 * 8)
+        # the warps share 8 chunks of 32 along K at a time: then all of them together read long
+        # pieces of a row, which is what memory likes
+        cursor[AT] = (cursor[BASE] + row * K + part * cursor[LEFT] * UNIT_K + warp * 32
+                      + lane % 4 * 8)
 
 
 @cuda.jit(device=True)
@@ -2841,9 +2839,12 @@ def start_step(ring, place, cursor, plan, weights):
         open_item(cursor, plan)
     if cursor[LEFT] > 0:
         row_size = plan[cursor[KIND] * 6 + K_SIZE]
-        for vector in range(STEP_VECTORS):             # of rows l//4, and of those 8, 16, 24 further
-            stream_async(ring, place + vector * WARP * 4, weights,
-                         cursor[AT] + vector * 8 * row_size)
+        for tile in range(4):
+            for half in range(2):
+                at = cursor[AT] + (tile % 2 * 16 + half * 8) * row_size
+                if tile >= 2:
+                    at += plan[cursor[KIND] * 6 + TO_FAR]
+                stream_async(ring, place + (tile * 2 + half) * WARP * 4, weights, at)
         cursor[AT] += UNIT_K
         cursor[LEFT] -= 1
     copies_commit()
@@ -2853,13 +2854,13 @@ def make_forward_decode(D, MMAS_T):
     """The kernel for one head_dim and up to 8 * MMAS_T tokens."""
     attend_splits = ATTEND_SPLITS[D]
     NUM_THREADS = WARP * PERSISTENT_WARPS
-    ACCUMULATORS = 2 * MMAS_T * 4
-    AHEAD = max(1, 4 // MMAS_T)                        # steps whose x is loaded at once
-    X_WORDS = AHEAD * MMAS_T * 4
-    TILE_SUMS = MMAS_T * 4 * WARP                      # of one warp, of 16 rows
-    TILES_A_ROUND = 2 if MMAS_T <= 4 else 1            # as many as have room in SUM_WORDS
-    PAIRS = ceil_div(TILES_A_ROUND * TILE_SUMS, NUM_THREADS)           # that a thread adds up
-    PARTS_8, PARTS_4 = PARTS * 8, PARTS * 4
+    ACCUMULATORS = 4 * MMAS_T * 4
+    AHEAD = 8 // MMAS_T                                # steps whose x is loaded at once
+    X_WORDS, STEP_X_WORDS = AHEAD * MMAS_T * 4, MMAS_T * 4
+    TILES_A_ROUND = min(4, 8 // MMAS_T)                # tiles of 16 rows whose sums fit in SUM_WORDS
+    TILE_SUMS = MMAS_T * 4 * WARP                      # of one warp
+    SUMS_A_THREAD = ceil_div(TILE_SUMS, NUM_THREADS)
+    TOTALS, PARTS_8, PARTS_4 = 4 * SUMS_A_THREAD, PARTS * 8, PARTS * 4
 
     @cuda.jit(device=True)
     def norm_tokens(shared_words, h, x, parts, embed, tokens, norms, n, eps):
@@ -2960,52 +2961,67 @@ def make_forward_decode(D, MMAS_T):
                                   min(j * 8 + lane // 4, B - 1) * K + k + i * UNIT_K)
 
     @cuda.jit(device=True)
-    def multiply_step(acc, ring, place, x_words, step, words, a, like):
-        """acc (32 rows, tokens) += a step of weights (32 rows, 32) times its x (tokens, 32)."""
-        for tile in range(2):
+    def store_x(ring, place, x_words):
+        for i in range(AHEAD * MMAS_T):
+            store_shared(ring, place + i * WARP * 4, x_words, i * 4)
+
+    @cuda.jit(device=True)
+    def multiply_step(acc, ring, place, x_place, words, x_words, a, x):
+        """acc (64 rows, tokens) += a step of weights (64 rows, 32) times its x (tokens, 32)."""
+        for j in range(MMAS_T):
+            load_shared(x_words, j * 4, ring, x_place + j * WARP * 4)
+        for tile in range(4):
             for half in range(2):
                 load_shared(words, half * 4, ring, place + (tile * 2 + half) * WARP * 4)
             for pair in range(2):
                 for w in range(2):
                     a[w * 2], a[w * 2 + 1] = words[pair * 2 + w], words[4 + pair * 2 + w]
                 for j in range(MMAS_T):
-                    mma(acc, (tile * MMAS_T + j) * 4, a, 0,
-                        x_words, (step * MMAS_T + j) * 4 + pair * 2, like)
+                    mma(acc, (tile * MMAS_T + j) * 4, a, 0, x_words, j * 4 + pair * 2, x)
 
     @cuda.jit(device=True)
-    def finish_rows(acc, sums, first, kind, group, part, parts, act, logits, N):
-        """Adds up what the warps have of some row tiles of 16, from `first` on, and stores it to
-        where the next operation reads it."""
+    def add_warps(totals, acc, sums, first):
+        """totals[tile * SUMS_A_THREAD + i]: the sums of all warps, of a row tile from `first` on,
+        of element tid + i * NUM_THREADS of its (token tile, register, lane)."""
         tid, lane, warp = cuda.threadIdx.x, cuda.threadIdx.x % WARP, cuda.threadIdx.x // WARP
-        B = logits.shape[0]
         for tile in range(TILES_A_ROUND):
             for i in range(MMAS_T * 4):
                 sums[(warp * TILES_A_ROUND + tile) * TILE_SUMS + i * WARP + lane] = acc[
                     (first + tile) * MMAS_T * 4 + i]
         cuda.syncthreads()                 # else a sum is added that is not written yet
-        for i in range(PAIRS):
-            e = tid + i * NUM_THREADS
-            tile, in_tile = first + e // TILE_SUMS, e % TILE_SUMS
-            # as mma leaves them: lane l has tokens 2*(l%4) and the next, of rows l//4 and l//4 + 8
-            register, of_lane = in_tile // WARP % 4, in_tile % WARP
-            b = in_tile // (4 * WARP) * 8 + of_lane % 4 * 2 + register % 2
-            row = tile * 16 + of_lane // 4 + register // 2 * 8
-            if e < TILES_A_ROUND * TILE_SUMS and b < B:
-                near, far = ZERO, ZERO
-                for share in range(SHARES):
-                    near += sums[share * 2 * TILES_A_ROUND * TILE_SUMS + e]
-                    far += sums[(share * 2 + 1) * TILES_A_ROUND * TILE_SUMS + e]
-                if kind == GATE_UP:
-                    act[b, group * 32 + row] = narrow(silu(near) * far, act)
-                elif kind == LM_HEAD:
-                    logits[b, group * 64 + row] = near
-                    logits[b, group * 64 + 32 + row] = far
-                else:
-                    at = (part * B + b) * N + group * 64 + row
-                    parts[at], parts[at + 32] = near, far
+        for tile in range(TILES_A_ROUND):
+            for i in range(SUMS_A_THREAD):
+                total = ZERO
+                if tid + i * NUM_THREADS < TILE_SUMS:
+                    for w in range(PERSISTENT_WARPS):
+                        total += sums[(w * TILES_A_ROUND + tile) * TILE_SUMS + tid
+                                      + i * NUM_THREADS]
+                totals[(first + tile) * SUMS_A_THREAD + i] = total
         cuda.syncthreads()                 # else the next sums overwrite what a slow thread reads
 
-    @cuda.jit(cache=True, **REGISTERS_OF_16_WARPS)
+    @cuda.jit(device=True)
+    def store_item(totals, kind, item, part, parts, act, logits, N):
+        """An item's results to where the next operation reads them."""
+        tid, B = cuda.threadIdx.x, logits.shape[0]
+        for i in range(SUMS_A_THREAD):
+            e = tid + i * NUM_THREADS
+            # as mma leaves them: lane l has tokens 2*(l%4) and the next, of rows l//4 and l//4 + 8
+            lane, register = e % WARP, e // WARP % 4
+            b = e // (4 * WARP) * 8 + lane % 4 * 2 + register % 2
+            row = lane // 4 + register // 2 * 8
+            if e < TILE_SUMS and b < B:
+                for tile in range(4):
+                    total = totals[tile * SUMS_A_THREAD + i]
+                    n = item * 64 + tile * 16 + row
+                    if kind == LM_HEAD:
+                        logits[b, n] = total
+                    elif kind != GATE_UP:
+                        parts[(part * B + b) * N + n] = total
+                    elif tile < 2:
+                        up = totals[(tile + 2) * SUMS_A_THREAD + i]
+                        act[b, item * 32 + tile * 16 + row] = narrow(silu(total) * up, act)
+
+    @cuda.jit(cache=True)
     def forward_decode_kernel(logits, x, h, qkv, o, flat_o, act, k_cache, v_cache, parts, partial,
                               arrivals, tokens, positions, slots, rows, seq_lens, splits,
                               block_tables, cos, sin, embed, norms, matrices, eps):
@@ -3037,8 +3053,10 @@ def make_forward_decode(D, MMAS_T):
         cursor = cuda.local.array(6, int64)
         acc = cuda.local.array(ACCUMULATORS, float32)
         x_words = cuda.local.array(X_WORDS, uint32)
+        step_x = cuda.local.array(STEP_X_WORDS, uint32)
         words = cuda.local.array(8, uint32)
         a = cuda.local.array(4, uint32)
+        totals = cuda.local.array(TOTALS, float32)
         tid, lane, warp = cuda.threadIdx.x, cuda.threadIdx.x % WARP, cuda.threadIdx.x // WARP
         (B, C), (H, F), G = x.shape, (o.shape[1], act.shape[1]), k_cache.shape[3]
         heads, num_matrices = H + 2 * G, k_cache.shape[0] * 4 + 1
@@ -3048,6 +3066,7 @@ def make_forward_decode(D, MMAS_T):
         start_next_kernel()
         # this warp's steps lie from here on: a lane reads what it copied, nobody else does
         first_place = SUM_WORDS + (warp * RING_STEPS * STEP_VECTORS * WARP + lane) * 4
+        x_place = (warp * 8 * WARP + lane) * 4     # and its x where later the sums are
         cursor[MATRICES], cursor[KIND], cursor[BASE] = num_matrices, QKV, 0
         cursor[ITEM], cursor[LEFT] = cuda.blockIdx.x, 0
         open_item(cursor, plan)
@@ -3086,20 +3105,29 @@ def make_forward_decode(D, MMAS_T):
                     group, part = item >> PARTS_BITS, item & (PARTS - 1)
                 for i in range(ACCUMULATORS):
                     acc[i] = ZERO
-                k = part * steps * UNIT_K + (warp >> 1) * 32 + lane % 4 * 8
+                k = part * steps * UNIT_K + warp * 32 + lane % 4 * 8
+                load_x(x_words, source, K, k, steps)
                 for first in range(0, steps, AHEAD):
-                    load_x(x_words, source, K, k + first * UNIT_K, steps - first)
-                    for i in range(AHEAD):
-                        if first + i < steps:
-                            place = first_place + turn * STEP_WORDS
-                            copies_wait_but_4()
-                            multiply_step(acc, ring, place, x_words, i, words, a, h)
-                            start_step(ring, place, cursor, plan, matrices)
-                            turn = turn + 1 if turn + 1 < RING_STEPS else 0
-                N = heads * D if kind == QKV else C
-                finish_rows(acc, sums, 0, kind, group, part, parts, act, logits, N)
-                if TILES_A_ROUND == 1:     # written out: registers have no addresses
-                    finish_rows(acc, sums, 1, kind, group, part, parts, act, logits, N)
+                    store_x(ring, x_place, x_words)
+                    left = steps - first
+                    if left > AHEAD:       # on their way while these steps are multiplied
+                        load_x(x_words, source, K, k + (first + AHEAD) * UNIT_K, left - AHEAD)
+                    for i in range(min(left, AHEAD)):
+                        place = first_place + turn * STEP_WORDS
+                        copies_wait_but_5()
+                        multiply_step(acc, ring, place, x_place + i * MMAS_T * WARP * 4, words,
+                                      step_x, a, h)
+                        start_step(ring, place, cursor, plan, matrices)
+                        turn = turn + 1 if turn + 1 < RING_STEPS else 0
+                cuda.syncthreads()         # else sums overwrite the x of a slow warp
+                add_warps(totals, acc, sums, 0)
+                if TILES_A_ROUND <= 2:     # written out: registers have no addresses
+                    add_warps(totals, acc, sums, 2)
+                if TILES_A_ROUND == 1:
+                    add_warps(totals, acc, sums, 1)
+                    add_warps(totals, acc, sums, 3)
+                store_item(totals, kind, group, part, parts, act, logits,
+                           heads * D if kind == QKV else C)
                 item += cuda.gridDim.x
             item -= plan[kind * 6 + ITEMS]
             kind = (kind + 1) & 3
