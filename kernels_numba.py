@@ -26,6 +26,7 @@ Dimension key (capitals are extents, lower case indexes them)
     H  query heads        G  key/value heads; head h reads g = h // R, R = H // G
     D  head_dim           P  tokens per KV block (block_size)    N, K  rows and columns of a weight
     E  bytes of an element, in the cards' formulas               J  splits of all contexts
+    L  layers                                                    W  elements of all weight matrices
 
 *Block* alone always means a block of the KV cache; a group of CUDA threads is a *thread block*.
 """
@@ -2693,8 +2694,9 @@ def begin_decode(tokens, positions, slots, seq_lens, splits, inputs, state, bloc
 #             copies start here ^ as soon as its last content is used
 #
 # A matmul is cut into items: 64 rows of a weight matrix, by all or a PARTS-th of its K. A thread
-# block takes every gridDim.x-th item, its warps share the item's K. A step is what a warp multiplies
-# at once: 64 rows by 32 along K. Sums over K are taken in the same order for any number of tokens.
+# block takes every gridDim.x-th item, its warps take 32 along its K in turns. A step is what a warp
+# multiplies at once: 64 rows by 32. Sums over K are taken in the same order for any number of
+# tokens, so nobody's answer depends on the company.
 
 PERSISTENT_WARPS = DECODE_WARPS
 PERSISTENT_TOKENS = 64                     # most of one launch
@@ -2705,6 +2707,7 @@ STEP_VECTORS = 8                           # 16-byte vectors of a step for a lan
 STEP_WORDS = STEP_VECTORS * 4 * WARP       # of shared memory: 4 KB
 SUM_WORDS = 8192                           # of shared memory, in front of the rings
 RING_WORDS = PERSISTENT_WARPS * RING_STEPS * STEP_WORDS
+PERSISTENT_SHARED = 4 * (SUM_WORDS + RING_WORDS)               # bytes
 PARTS_BITS = PARTS.bit_length() - 1
 UNIT_K = WARP * PERSISTENT_WARPS           # K of a matmul is cut into steps for each warp
 QKV, O, GATE_UP, DOWN, LM_HEAD = range(5)  # the matmuls of a layer in their order, and the last one
@@ -2857,7 +2860,7 @@ def make_forward_decode(D, MMAS_T):
     ACCUMULATORS = 4 * MMAS_T * 4
     AHEAD = 8 // MMAS_T                                # steps whose x is loaded at once
     X_WORDS, STEP_X_WORDS = AHEAD * MMAS_T * 4, MMAS_T * 4
-    TILES_A_ROUND = min(4, 8 // MMAS_T)                # tiles of 16 rows whose sums fit in SUM_WORDS
+    TILES_A_ROUND = min(4, 8 // MMAS_T)                # tiles of 16 rows with room in SUM_WORDS
     TILE_SUMS = MMAS_T * 4 * WARP                      # of one warp
     SUMS_A_THREAD = ceil_div(TILE_SUMS, NUM_THREADS)
     TOTALS, PARTS_8, PARTS_4 = 4 * SUMS_A_THREAD, PARTS * 8, PARTS * 4
@@ -3031,7 +3034,7 @@ def make_forward_decode(D, MMAS_T):
         x, h             (B, C)               f16 bf16   written: residual stream, normed
         qkv              (B, H+2G, D)         as x       q written
         o, act           (B, H, D), (B, F)    as x       written; flat_o is o as (B, H*D)
-        k_cache, v_cache (L, blocks, P, G, D) as x       one slot for each token written, context read
+        k_cache, v_cache (L, blocks, P, G, D) as x       a slot for each token written, context read
         parts            (PARTS*B*N,)         f32        workspace: sums of a matmul, N its rows
         partial          (J, H, D+2)          f32        workspace of contexts of several splits
         arrivals         (1,)                 u32        0 before and after
@@ -3042,8 +3045,7 @@ def make_forward_decode(D, MMAS_T):
         launch grid of one thread block for each multiprocessor, all there at once; thread block of
                PERSISTENT_WARPS warps
         shared 4*(SUM_WORDS + RING_WORDS) bytes: sums of the warps, and their rings of weights
-        moves  E*(L*(N*C + C*H*D + 3*C*F) + V*C) + 2*L*B*S*G*D*E bytes, with N = (H+2*G)*D, does
-               2*B of each weight and 4*L*B*H*S*D flops: bandwidth-bound
+        moves  E*W + 2*L*B*S*G*D*E bytes, does 2*B*W + 4*L*B*H*S*D flops: bandwidth-bound
         needs  see fits_persistent; sm_80
         twin   forward_decode_ref      source  Megakernels (Hazy Research, 2025)
         """
@@ -3157,7 +3159,7 @@ def forward_decode(logits, x, h, qkv, o, act, k_cache, v_cache, parts, partial, 
     mmas = min(mmas for mmas in (1, 2, 4, 8) if mmas * 8 >= B)
     grid = 1 if SIMULATOR else cuda.get_current_device().MULTIPROCESSOR_COUNT
     launch(FORWARD_DECODE[D, mmas], grid, WARP * PERSISTENT_WARPS, stream,
-           4 * (SUM_WORDS + RING_WORDS), logits, x, h, qkv, o, o.reshape(B, H * D), act,
+           PERSISTENT_SHARED, logits, x, h, qkv, o, o.reshape(B, H * D), act,
            k_cache, v_cache, parts, partial, arrivals, tokens, positions, slots, rows, seq_lens,
            splits, block_tables, cos, sin, embed, norms, matrices, np.float32(eps))
 
@@ -3318,14 +3320,11 @@ def forward_decode_example(rng, elements, L, H, G, D, C, F, V, P, contexts):
     B, heads = len(contexts), H + 2 * G
     _, _, k_cache, v_cache, tables, rows, _, seq_lens, splits, partial = attention_example(
         rng, lambda a: a, H, G, D, P, contexts, (1,) * B)
-    caches = [np.stack([np.roll(cache, l, axis=0) for l in range(L)]) for cache in (k_cache, v_cache)]
-    for l, cache in enumerate(zip(*caches)):
-        for half in cache:
-            half[:] = np.where(np.isnan(half), np.nan, lively(rng, *half.shape))
-            for row, S in zip(rows, contexts):
-                slots = (tables[row][:, None] * P + np.arange(P)).reshape(-1)
-                half.reshape(-1, G, D)[slots[:S]] = lively(rng, S, G, D) / np.float32(5)
-                half.reshape(-1, G, D)[slots[S - 1:]] = np.nan         # the new token's, and later
+    # a cache for each layer, the layers before upside down; the new token's slot is unwritten
+    caches = [np.stack([cache * (-1) ** l for l in range(L)]) for cache in (k_cache, v_cache)]
+    for row, S in zip(rows, contexts):
+        for cache in caches:
+            cache[:, tables[row, (S - 1) // P], (S - 1) % P] = np.nan
     positions = seq_lens - 1
     slots = tables[rows, positions // P] * P + positions % P
     angles = rng.uniform(0, 7, (max(contexts), D // 2)).astype(np.float32)
@@ -3392,8 +3391,9 @@ def late_step(*arguments):
 def kernel_row(name, twin, launcher, example, shapes, moves, does, mutation, **options):
     """shapes: dimensions of small, hostile examples; moves, does: bytes and flops as formulas, the
     card's own; mutation: a wrong twin; types: of elements; workspace: arguments that only the
-    launcher needs."""
-    options = dict(types=("float32", "float16", "bfloat16"), workspace=()) | options
+    launcher needs, or leaves with parts unwritten; roundings: to the element type, one upon the
+    other."""
+    options = dict(types=("float32", "float16", "bfloat16"), workspace=(), roundings=1) | options
     return SimpleNamespace(name=name, twin=twin, launcher=launcher, example=example, shapes=shapes,
                            moves=moves, does=does, mutation=mutation, **options)
 
@@ -3478,9 +3478,8 @@ KERNELS = (
                (dict(B=1, P=1), dict(B=40, P=4)), "40*B + 4*J", "0", forgets_new_blocks,
                types=("float32",)),
     kernel_row("forward_decode", forward_decode_ref, forward_decode, forward_decode_example,
-               STEPS_OF_DECODE, "E*(L*((H+2*G)*D*C + C*H*D + 3*C*F) + V*C) + 2*L*B*S*G*D*E",
-               "2*B*(L*((H+2*G)*D*C + C*H*D + 3*C*F) + V*C) + 4*L*B*H*S*D", late_step,
-               workspace=(2, 3, 4, 5, 8, 9), **TENSOR),
+               STEPS_OF_DECODE, "E*W + 2*L*B*S*G*D*E", "2*B*W + 4*L*B*H*S*D", late_step,
+               workspace=(2, 3, 4, 5, 8, 9), roundings=8, **TENSOR),
 )
 
 
@@ -3519,6 +3518,7 @@ RUNGS = {
         matmul_silu_mul=matmul_silu_mul_tensor, matmul_silu_mul_decode=matmul_silu_mul_streamed,
         attention=attention_tiled, attention_decode=attention_decode),
 }
+RUNGS["persistent"] = operations(**vars(RUNGS["tensor"]), forward_decode=forward_decode)
 
 
 def fits_tensor_cores(H, G, D, C, F):

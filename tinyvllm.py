@@ -262,8 +262,9 @@ def find_checkpoint(model: str | Path, revision: str | None = None,
 #
 # Everything is allocated first, and one table says where each tensor of the checkpoint goes: a view
 # of its final place, whose shape is the expected shape. q, k and v are rows of one matrix, so are
-# gate and up: one matmul reads its input once. The table is checked as a whole, then filled tensor
-# by tensor. On the CPU elements are float32; on the GPU float32, float16, or bfloat16 as uint16.
+# gate and up: one matmul reads its input once. All matrices lie in one array in the order in which
+# a step reads them. The table is checked as a whole, then filled tensor by tensor. On the CPU
+# elements are float32; on the GPU float32, float16, or bfloat16 as uint16.
 
 ELEMENTS = {"bfloat16": np.dtype(np.uint16), "float16": np.dtype(np.float16),
             "float32": np.dtype(np.float32)}
@@ -282,10 +283,17 @@ class LayerWeights:
 
 @dataclass
 class Weights:
-    embed: np.ndarray                              # (V, C)
+    embed: np.ndarray                              # (V, C), lm_head itself where tied
     layers: list[LayerWeights]
     norm: np.ndarray                               # (C,)
-    lm_head: np.ndarray                            # (V, C), the embedding itself where tied
+    lm_head: np.ndarray                            # (V, C)
+    matrices: np.ndarray                           # (elements,): of all layers, then lm_head
+    norms: np.ndarray                              # (2L + 1, C): of all layers, then norm
+
+    def arrays(self) -> list:
+        """Each weight once."""
+        tied = self.embed is self.lm_head
+        return [self.matrices, self.norms] + [self.embed] * (not tied)
 
 
 def new_float32(*shape: int) -> np.ndarray:
@@ -295,15 +303,19 @@ def new_float32(*shape: int) -> np.ndarray:
 def allocate_weights(cfg: Config, new: Callable = new_float32) -> tuple[Weights, dict]:
     """Uninitialised weights made by `new`, and the table: checkpoint name -> the view to fill."""
     C, F, V, D = cfg.hidden_size, cfg.intermediate_size, cfg.vocab_size, cfg.head_dim
-    q_rows, kv_rows = cfg.num_attention_heads * D, cfg.num_key_value_heads * D
-    embed = new(V, C)
-    weights = Weights(embed, [], new(C), embed if cfg.tie_word_embeddings else new(V, C))
+    H, G, L = cfg.num_attention_heads, cfg.num_key_value_heads, cfg.num_hidden_layers
+    q_rows, kv_rows = H * D, G * D
+    size = L * kernels.layer_size(H, G, D, C, F)
+    matrices, norms = new(size + V * C), new(2 * L + 1, C)
+    lm_head = matrices[size:].reshape(V, C)
+    embed = lm_head if cfg.tie_word_embeddings else new(V, C)
+    weights = Weights(embed, [], norms[2 * L], lm_head, matrices, norms)
     table = {"model.embed_tokens.weight": embed, "model.norm.weight": weights.norm}
     if not cfg.tie_word_embeddings:
-        table["lm_head.weight"] = weights.lm_head
-    for l in range(cfg.num_hidden_layers):
-        w = LayerWeights(norm_attn=new(C), wqkv=new(q_rows + 2 * kv_rows, C), wo=new(C, q_rows),
-                         norm_mlp=new(C), w_gate_up=new(2 * F, C), w_down=new(C, F))
+        table["lm_head.weight"] = lm_head
+    for l in range(L):
+        wqkv, wo, w_gate_up, w_down = kernels.matrices_of_layer(matrices, l, H, G, D, C, F)
+        w = LayerWeights(norms[2 * l], wqkv, wo, norms[2 * l + 1], w_gate_up, w_down)
         weights.layers.append(w)
         places = {"input_layernorm": w.norm_attn, "post_attention_layernorm": w.norm_mlp,
                   "self_attn.q_proj": w.wqkv[:q_rows],
@@ -1303,14 +1315,27 @@ def pick_rung(rung: str, cfg: Config, dtype: str, device: str) -> str:
     elif capability < (8, 0):
         obstacle = "compute capability {}.{} is below 8.0".format(*capability)
     next_best = "tiled" if cfg.head_dim <= 256 else "naive"    # a warp holds no more of a query
-    if rung == "tensor" and obstacle:
+    if rung in ("tensor", "persistent") and obstacle:
         raise UserError(f"the tensor-core kernels cannot run here ({obstacle}): use --kernels "
                         f"{next_best}")
     if rung == "tiled" and next_best != "tiled":
         raise UserError(f"head_dim {cfg.head_dim} is above the 256 that the tiled kernels hold: "
                         "use --kernels naive")
+    if obstacle:
+        return next_best if rung == "auto" else rung
+    obstacle = kernels.fits_persistent(cfg.num_attention_heads, cfg.num_key_value_heads,
+                                       cfg.head_dim, cfg.hidden_size, cfg.intermediate_size,
+                                       cfg.vocab_size)
+    if device == "cuda":
+        shared = cuda.get_current_device().MAX_SHARED_MEMORY_PER_BLOCK_OPTIN
+        if shared < kernels.PERSISTENT_SHARED:
+            obstacle = (f"a thread block has {shared} bytes of shared memory, "
+                        f"{kernels.PERSISTENT_SHARED} are needed")
+    if rung == "persistent" and obstacle:
+        raise UserError(f"a decode step cannot be one kernel here ({obstacle}): use --kernels "
+                        "tensor")
     if rung == "auto":
-        return next_best if obstacle else "tensor"
+        return "tensor" if obstacle else "persistent"
     return rung
 
 
@@ -1338,7 +1363,8 @@ class Engine:
                              Numba's simulator, on any machine, very slowly), "auto": the GPU
                              where there is one, otherwise the CPU
     dtype                    "bfloat16", "float16", "float32"; "auto": see pick_dtype
-    rung                     of the kernels' ladders: "naive", "tiled", "tensor"; "auto": the best
+    rung                     of the kernels' ladders: "naive", "tiled", "tensor", "persistent";
+                             "auto": the best
     enforce_eager            no graphs, and a wait after each kernel: errors name it
     seed                     of requests that bring none
     max_model_len            longest context, prompt and answer together; None: what the model and
@@ -1460,7 +1486,8 @@ class Engine:
         channels = 3 * cfg.hidden_size + 3 * cfg.intermediate_size + 2 * D * (H + G)
         rows = 4 * 4 * B * cfg.vocab_size                      # logits, scores, bias, seen
         tables = 4 * longest * D + 4 * B * ceil_div(longest, self.block_size)
-        partial = 4 * B * ceil_div(longest, kernels.SPLIT) * H * (D + 2) * (self.rung == "tensor")
+        tensor_cores = self.rung in ("tensor", "persistent")
+        partial = 4 * B * ceil_div(longest, kernels.SPLIT) * H * (D + 2) * tensor_cores
         return T * channels * self.elements.itemsize + rows + tables + partial + (256 << 20)
 
     def size_cache(self, max_model_len: int | None, cache_bytes: int,
@@ -1507,8 +1534,7 @@ class Engine:
         H, G, D = cfg.num_attention_heads, cfg.num_key_value_heads, cfg.head_dim
         # one block more than there are: padding of a step writes there, nobody reads it
         cache = new((2, cfg.num_hidden_layers, num_blocks + 1, P, G, D), elements)
-        self.k_cache, self.v_cache = ([half[l] for l in range(cfg.num_hidden_layers)]
-                                      for half in (cache[0], cache[1]))
+        self.k_cache, self.v_cache = cache[0], cache[1]                   # (L, blocks, P, G, D)
         self.x = new((T, cfg.hidden_size), elements)                      # residual stream
         self.h = new((T, cfg.hidden_size), elements)                      # normed input of a matmul
         self.delta = new((T, cfg.hidden_size), elements)                  # what a matmul adds to x
@@ -1524,8 +1550,12 @@ class Engine:
         # for every request, even if they share most of their blocks: see begin_decode
         num_splits = B * ceil_div(self.max_model_len, kernels.SPLIT)
         self.splits = new(B + 1 + num_splits, np.int32)
-        self.partial = new((num_splits, H, D + 2) if self.rung == "tensor" else (1, 1, 1),
-                           np.float32)
+        tensor_cores = self.rung in ("tensor", "persistent")
+        self.partial = new((num_splits, H, D + 2) if tensor_cores else (1, 1, 1), np.float32)
+        # of the kernel that is a whole decode step
+        self.parts = new(kernels.PARTS * kernels.PERSISTENT_TOKENS
+                         * max(cfg.hidden_size, (H + 2 * G) * D), np.float32)
+        self.arrivals = self.on_device(np.zeros(1, np.uint32))
         # the flat arrays of a step, one behind another; its shape says where each begins
         self.step_buffer = new(3 * T + 5 * B + 1, np.int32)
         self.decode_inputs = new(2 * B, np.int32)
@@ -1570,10 +1600,7 @@ class Engine:
 
     def describe(self) -> str:
         """One line: what runs where, and where the memory went."""
-        w = self.weights
-        arrays = [w.embed, w.norm] + [a for layer in w.layers for a in vars(layer).values()]
-        if w.lm_head is not w.embed:
-            arrays.append(w.lm_head)
+        arrays = self.weights.arrays()
         capacity = len(self.allocator.ref_counts)
         where = self.device
         if self.device == "cpu" and not kernels.SIMULATOR and shutil.which("nvidia-smi"):
@@ -1914,14 +1941,37 @@ class Engine:
 
     def compute(self, step: Step) -> None:
         """All operations of a step: what a graph records."""
-        if step.kind == "decode":
-            self.ops.begin_decode(step.tokens, step.positions, step.slots, step.seq_lens,
-                                  self.splits, step.inputs, self.state, self.block_tables,
-                                  self.block_size, kernels.SPLIT)
-        self.forward(step)
+        if step.kind == "decode" and self.rung == "persistent":
+            for first in range(0, step.B, kernels.PERSISTENT_TOKENS):
+                self.decode_at_once(step, first, min(first + kernels.PERSISTENT_TOKENS, step.B))
+        else:
+            if step.kind == "decode":
+                self.begin_decode(step, 0, step.B)
+            self.forward(step)
+            if step.kind != "chunk":
+                self.compute_logits(step.last_tokens, step.B)
         if step.kind != "chunk":
-            self.compute_logits(step.last_tokens, step.B)
             self.sample(step)
+
+    def begin_decode(self, step: Step, first: int, end: int) -> None:
+        """Tokens, positions, slots and lengths of requests `first` to `end` of a decode step."""
+        self.ops.begin_decode(step.tokens[first:end], step.positions[first:end],
+                              step.slots[first:end], step.seq_lens[first:end], self.splits,
+                              step.inputs[:, first:end], self.state, self.block_tables,
+                              self.block_size, kernels.SPLIT)
+
+    def decode_at_once(self, step: Step, first: int, end: int) -> None:
+        """The logits of these requests, by one kernel for all layers."""
+        w = self.weights
+        x, h, qkv, o, act, logits = (array[first:end] for array in (
+            self.x, self.h, self.qkv, self.o, self.act, self.logits))
+        self.begin_decode(step, first, end)
+        self.ops.forward_decode(logits, x, h, qkv, o, act, self.k_cache, self.v_cache, self.parts,
+                                self.partial, self.arrivals, step.tokens[first:end],
+                                step.positions[first:end], step.slots[first:end],
+                                step.rows[first:end], step.seq_lens[first:end], self.splits,
+                                self.block_tables, self.cos, self.sin, w.embed, w.norms,
+                                w.matrices, self.cfg.rms_norm_eps)
 
     def forward(self, step: Step) -> None:
         """The transformer, one operation per line: self.x (T, C) after the last layer."""
@@ -2158,23 +2208,27 @@ class Engine:
         step. Left early, it aborts them."""
         requests = [self.requests[request_id] for request_id in request_ids]
         shown = dict.fromkeys(request_ids, (0, False))
-
-        def news() -> Iterator[RequestOutput]:
+        for _ in self.steps(requests):
             for request in requests:
                 state = sum(seq.num_outputs for seq in request.sequences), request.finished
                 if state != shown[request.request_id]:
                     shown[request.request_id] = state
                     yield request.output()
+
+    def steps(self, requests: list[Request]) -> Iterator[int]:
+        """Steps until these requests have ended, yielding how many have not; once more at the end,
+        for what ended while somebody else made the steps. Left early, it aborts them."""
+        unfinished = requests
         try:
-            while not all(request.finished for request in requests):
+            while unfinished := [request for request in unfinished if not request.finished]:
                 if self.interrupted:
                     self.interrupted = False
                     raise KeyboardInterrupt
                 self.advance()
-                yield from news()
-            yield from news()                      # what ended while somebody else made the steps
+                yield len(unfinished)
+            yield 0
         finally:
-            for request in requests:
+            for request in unfinished:
                 if not request.finished:
                     self.abort_request(request.request_id)
 
@@ -2191,15 +2245,13 @@ class Engine:
         of ids.
         sampling_params: one for all, or one each; None takes get_default_sampling_params().
         """
-        request_ids = self.submit(prompts, sampling_params)
-        finished = {}
-        with tqdm(total=len(request_ids), desc="answers", unit="", delay=1, leave=False,
+        requests = [self.requests[request_id]
+                    for request_id in self.submit(prompts, sampling_params)]
+        with tqdm(total=len(requests), desc="answers", unit="", delay=1, leave=False,
                   disable=not use_tqdm) as bar:
-            for output in self.run(request_ids):
-                if output.finished:
-                    finished[output.request_id] = output
-                    bar.update()
-        return [finished[request_id] for request_id in request_ids]
+            for unfinished in self.steps(requests):
+                bar.update(len(requests) - unfinished - bar.n)
+        return [request.output() for request in requests]
 
     def chat(self, messages: list[dict] | list[list[dict]], sampling_params=None, *,
              use_tqdm: bool = True,
