@@ -1,14 +1,16 @@
 """How fast the engine is, beside what else is installed, and beside what the memory allows.
 
-    python bench.py decode                        # the demo model: one request, and sixteen at once
+    python bench.py decode                        # the demo model: 1, 4 and 16 requests at once
     python bench.py decode --shape 1b --vs transformers
+    python bench.py prefill                       # prompts alone: time to the first token
     python bench.py serve                         # continuous batching against static batching
     python bench.py start                         # from the command to the first character
-    python bench.py kernels                       # every kernel at the shapes of Llama 3.2 1B (GPU)
+    python bench.py kernels --svg assets/roofline.svg          # every kernel, on a GPU
 
 --shape 1b is Llama 3.2 1B with random weights, made on the spot: no download. Rows are named as
-llama-bench names them: pp is prompt processing, tg is text generation. Every figure is the median
-of --repeat runs after one warm-up run.
+llama-bench names them: pp is prompt processing, tg is text generation, d the context it starts at.
+Every figure is the median of --repeat runs after one warm-up run. --write puts the table into the
+README, between <!-- bench NAME --> and <!-- end -->.
 """
 
 import argparse
@@ -26,6 +28,7 @@ import ml_dtypes
 import numpy as np
 from numba import cuda, uint32
 from safetensors.numpy import save_file
+from tqdm import tqdm
 
 import kernels_numba as kernels
 import tinyvllm
@@ -71,33 +74,73 @@ def prompts(count: int, length: int, vocab_size: int, seed: int = 0) -> list[dic
 
 
 def bench_decode(args, directory: Path) -> list[dict]:
-    """tgN @ batch B: tokens/s of decode alone, the prefill timed apart and taken off."""
-    engine = Engine(directory, device=args.device, max_model_len=args.prompt_len + args.output_len,
-                    max_num_seqs=max(args.batch), enable_prefix_caching=False)
+    """tgN @ batch B: decode alone, from the step that gave all requests their first token on, and
+    with the prefill in the time, as the caller of generate has it."""
+    cases = [(batch, args.prompt_len, args.output_len) for batch in args.batch]
+    cases += [(batch, depth, min(64, args.output_len)) for batch, depth in args.deep]
+    engine = Engine(directory, device=args.device, enable_prefix_caching=False,
+                    max_num_seqs=max(batch for batch, *_ in cases),
+                    max_model_len=max(prompt + new for _, prompt, new in cases))
     print(engine.describe(), file=sys.stderr)
     rows = []
-    for batch in args.batch:
-        asked = prompts(batch, args.prompt_len, engine.cfg.vocab_size)
-
-        def generate(new_tokens):
-            engine.generate(asked, SamplingParams(temperature=0, max_tokens=new_tokens,
-                                                  ignore_eos=True), use_tqdm=False)
-        rows += prefill_and_decode("tinyvllm", generate, batch, args)
-        rows[-1]["weights GB/s"] = engine.weight_bytes / rows[-1]["ms/step"] / 1e6
+    for batch, prompt_len, new in tqdm(cases, desc="decode", leave=False):
+        asked = prompts(batch, prompt_len, engine.cfg.vocab_size)
+        runs = [timed_run(engine, asked, new) for _ in range(1 + args.repeat)][1:]
+        prefill, step, total = (statistics.median(column) for column in zip(*runs))
+        deep = f" @ d{prompt_len}" if (batch, prompt_len) in args.deep else ""
+        moved = engine.weight_bytes + batch * (prompt_len + new / 2) * (
+            engine.bytes_per_block / engine.block_size)
+        rows += [{"engine": "tinyvllm", "row": f"pp{prompt_len} @ batch {batch}",
+                  "tokens/s": batch * prompt_len / prefill},
+                 {"engine": "tinyvllm", "row": f"tg{new}{deep} @ batch {batch}",
+                  "tokens/s": batch / step, "ms/step": 1e3 * step,
+                  "with prefill": batch * new / total, "GB/s": moved / step / 1e9}]
     if args.vs == "transformers":
         rows += bench_transformers(args, directory)
+    return rows
+
+
+def timed_run(engine: Engine, asked: list[dict], new: int) -> tuple[float, float, float]:
+    """Seconds until all requests have their first token; of a step after that; of everything."""
+    params = SamplingParams(temperature=0, max_tokens=new, ignore_eos=True)
+    started = time.perf_counter()
+    requests = [engine.requests[request_id] for request_id in engine.submit(asked, params)]
+    waiting = requests
+    for _ in engine.steps(requests):
+        if waiting:
+            waiting = [request for request in waiting if not request.metrics.first_token_time]
+            begun, tokens = time.perf_counter(), min(seq.num_outputs for request in requests
+                                                     for seq in request.sequences)
+    ended = time.perf_counter()
+    return begun - started, (ended - begun) / max(1, new - tokens), ended - started
+
+
+def bench_prefill(args, directory: Path) -> list[dict]:
+    """ppN: from submitting a prompt to its first token at the caller."""
+    lengths = args.lengths or ([512, 2048, 4000] if args.shape == "1b" else [128, 512, 1024])
+    engine = Engine(directory, device=args.device, enable_prefix_caching=False, max_num_seqs=64,
+                    max_model_len=max(lengths) + 1)
+    print(engine.describe(), file=sys.stderr)
+    cases, rows = [(1, length) for length in lengths] + [(64, lengths[0])], []
+    for batch, length in tqdm(cases, desc="prefill", leave=False):
+        asked = prompts(batch, length, engine.cfg.vocab_size)
+        seconds = statistics.median([timed_run(engine, asked, 1)[2]
+                                     for _ in range(2 + args.repeat)][2:])
+        rows.append({"engine": "tinyvllm", "row": f"pp{length} @ batch {batch}",
+                     "tokens/s": batch * length / seconds, "ms": 1e3 * seconds})
     return rows
 
 
 def prefill_and_decode(engine: str, generate, batch: int, args) -> list[dict]:
     """Rows pp and tg: a run of one new token is the prefill, the rest of a longer one is decode."""
     prefill = median_seconds(lambda: generate(1), args.repeat)
-    total = median_seconds(lambda: generate(args.output_len), args.repeat)
+    total = median_seconds(lambda: generate(args.output_len), 1)
     step = (total - prefill) / (args.output_len - 1)
     return [{"engine": engine, "row": f"pp{args.prompt_len} @ batch {batch}",
              "tokens/s": batch * args.prompt_len / prefill},
             {"engine": engine, "row": f"tg{args.output_len} @ batch {batch}",
-             "tokens/s": batch / step, "ms/step": 1e3 * step}]
+             "tokens/s": batch / step, "ms/step": 1e3 * step,
+             "with prefill": batch * args.output_len / total}]
 
 
 def bench_transformers(args, directory: Path) -> list[dict]:
@@ -122,12 +165,14 @@ def bench_transformers(args, directory: Path) -> list[dict]:
 
 
 def bench_serve(args, directory: Path) -> list[dict]:
-    """Requests of very unequal lengths, all at once: what it is worth to refill a place."""
+    """Requests of very unequal lengths, all at once: what it is worth to refill a place. With
+    --shape 1b the workload that nano-vllm is measured on: 256 requests, prompts and answers of 100
+    to 1,024 tokens."""
     rng, rows = np.random.default_rng(0), []
-    count, longest = 64, 200
-    lengths = rng.integers(8, longest, (count, 2))
-    for name, static in (("static batching", True), ("continuous batching", False)):
-        engine = Engine(directory, device=args.device, max_model_len=2 * longest, max_num_seqs=16,
+    count, low, high, places = (256, 100, 1025, 256) if args.shape == "1b" else (64, 8, 200, 16)
+    lengths = rng.integers(low, high, (count, 2))
+    for name, static in (("continuous batching", False), ("static batching", True)):
+        engine = Engine(directory, device=args.device, max_model_len=2 * high, max_num_seqs=places,
                         static_batching=static, enable_prefix_caching=False)
         asked = [prompts(1, int(length), engine.cfg.vocab_size, seed=i)[0]
                  for i, (length, _) in enumerate(lengths)]
@@ -137,6 +182,7 @@ def bench_serve(args, directory: Path) -> list[dict]:
                                  args.repeat)
         rows.append({"engine": "tinyvllm", "row": name, "tokens/s": lengths[:, 1].sum() / seconds,
                      "seconds": seconds})
+        del engine
     return rows
 
 
@@ -218,12 +264,18 @@ MODEL_SHAPES = [
     ("edit_logits", "B 1", dict(B=1, V=128256)),
     ("sample_tokens", "B 1 greedy", dict(B=1, V=128256)),
     ("begin_decode", "B 64", dict(B=64, P=16)),
+    ("forward_decode", "B 1, 2 layers", dict(L=2, C=2048, F=8192, V=128256, contexts=(256,),
+                                             **HEADS)),
 ]
 
 
 def formula_values(dims: dict) -> dict:
     """The names that the cards' formulas use; S is what a query sees on average."""
     values = dict(dims, E=2, J=dims.get("B", 0), QUERIES=64)
+    if "L" in dims:
+        H, G, D, C, F, L = (dims[name] for name in "HGDCFL")
+        values |= dict(W=L * kernels.layer_size(H, G, D, C, F) + dims["V"] * C)
+        dims = dims | dict(queries=(1,) * len(dims["contexts"]))
     if "contexts" in dims:
         tokens = sum(dims["queries"])
         pairs = sum(S * n - n * (n - 1) / 2 for S, n in zip(dims["contexts"], dims["queries"]))
@@ -293,7 +345,7 @@ def bench_kernels(args, directory: Path) -> list[dict]:
         launches = [lambda a=a: row.launcher(*a, stream=gpu.stream) for a in sets]
         launches *= max(1, math.ceil(8 / len(launches)))
         ms = graph_ms(gpu, launches, args.repeat)
-        entry = {"row": name, "shape": label, "us": 1e3 * ms}
+        entry = {"row": name, "shape": label, "us": 1e3 * ms, "flops/byte": does / moves}
         theirs = torch_ms(name, sets, args.repeat)
         if does / moves > 200:
             entry["TFLOP/s"] = does / ms / 1e9
@@ -375,40 +427,107 @@ def torch_ms(name: str, sets: list[list], repeat: int) -> float | None:
     return statistics.median(times[2:])
 
 
-def show(rows: list[dict]) -> None:
+def table(rows: list[dict]) -> str:
     """A Markdown table that is also readable as text."""
     names = list(dict.fromkeys(name for row in rows for name in row))
     cells = [[f"{value:,.2f}" if isinstance(value, float) else str(value)
               for value in (row.get(name, "") for name in names)] for row in rows]
     widths = [max(map(len, column)) for column in zip(names, *cells)]
-    for line in [names, ["-" * width for width in widths]] + cells:
-        print("| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths)) + " |")
+    lines = [names, ["-" * width for width in widths]] + cells
+    return "\n".join("| " + " | ".join(map(str.ljust, line, widths)) + " |" for line in lines)
+
+
+def write_into_readme(name: str, text: str) -> None:
+    """Replaces what stands between this table's markers in the README."""
+    readme = Path(__file__).parent / "README.md"
+    before, begin, rest = readme.read_text().partition(f"<!-- bench {name} -->\n")
+    _, end, after = rest.partition("<!-- end -->")
+    if not begin or not end:
+        raise SystemExit(f"README.md has no lines <!-- bench {name} --> and <!-- end -->: put them "
+                         "where the table belongs")
+    readme.write_text(before + begin + text + "\n" + end + after)
+
+
+def draw_roofline(rows: list[dict], path: Path) -> None:
+    """The kernels over the roofline, as SVG: flops for each byte to the right, TFLOP/s upwards,
+    both in powers of ten."""
+    points = [(row["flops/byte"], row["flops/byte"] * row["GB/s"] / 1e3 if "GB/s" in row
+               else row["TFLOP/s"], f"{row['row']} {row['shape']}")
+              for row in rows if row.get("flops/byte")]
+    bandwidth = rows[0]["GB/s"] / 1e3                                  # TB/s
+    peak = max(row["TFLOP/s"] / row["% of"] * 100 for row in rows
+               if "TFLOP/s" in row and "% of" in row)
+
+    def at(intensity, tflops):
+        return 90 + 130 * (math.log10(intensity) + 1), 430 - 75 * (math.log10(tflops) + 2)
+    corner = peak / bandwidth
+    (x0, y0), (x1, y1), (x2, y2) = (at(0.1, 0.1 * bandwidth), at(corner, peak), at(1e4, peak))
+    parts = ['<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 860 480" fill="#777" '
+             'font-family="sans-serif" font-size="12">',
+             f'<path d="M{x0:.0f} {y0:.0f}L{x1:.0f} {y1:.0f}L{x2:.0f} {y2:.0f}" fill="none" '
+             'stroke="#888" stroke-width="2"/>',
+             f'<text x="{x1 + 8:.0f}" y="{y1 - 8:.0f}">{peak:,.0f} TFLOP/s</text>',
+             f'<text x="{x0 + 10:.0f}" y="{y0 - 30:.0f}">{bandwidth:.2f} TB/s</text>',
+             '<text x="400" y="470">flops for each byte</text>',
+             '<text x="14" y="20">TFLOP/s</text>']
+    for power in range(-1, 5):
+        x, _ = at(10.0 ** power, 1)
+        parts.append(f'<text x="{x:.0f}" y="450" text-anchor="middle">{10.0 ** power:g}</text>')
+    for power in range(-2, 4):
+        _, y = at(1, 10.0 ** power)
+        parts.append(f'<text x="80" y="{y:.0f}" text-anchor="end">{10.0 ** power:g}</text>')
+    for intensity, tflops, name in points:
+        x, y = at(max(0.1, intensity), max(0.01, tflops))
+        parts.append(f'<circle cx="{x:.0f}" cy="{y:.0f}" r="5" fill="#2a7fd4"><title>{name}: '
+                     f'{tflops:.3g} TFLOP/s</title></circle>')
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("\n".join(parts) + "\n</svg>\n")
+
+
+def pair(text: str) -> tuple[int, int]:
+    """"64x4096": requests and the context each starts at."""
+    batch, depth = text.split("x")
+    return int(batch), int(depth)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("decode", "serve", "start", "kernels"))
+    parser.add_argument("what", choices=("decode", "prefill", "serve", "start", "kernels"))
     parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto")
     parser.add_argument("--shape", choices=("demo", "1b"), default="demo")
-    parser.add_argument("--batch", type=int, nargs="+", default=[1, 16])
-    parser.add_argument("--prompt-len", type=int, default=64)
-    parser.add_argument("--output-len", type=int, default=64)
-    parser.add_argument("--repeat", type=int, default=5)
+    parser.add_argument("--batch", type=int, nargs="*", help="default 1 4 16; with --shape 1b on a "
+                        "GPU 1 2 4 16 64 256")
+    parser.add_argument("--deep", type=pair, nargs="*", metavar="BATCHxCONTEXT", help="decode from "
+                        "long contexts on, too; with --shape 1b on a GPU 1x2048 1x8192 64x4096")
+    parser.add_argument("--lengths", type=int, nargs="+", help="prompt lengths of prefill")
+    parser.add_argument("--prompt-len", type=int, default=128)
+    parser.add_argument("--output-len", type=int, default=256)
+    parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--vs", choices=("transformers",))
     parser.add_argument("--json", action="store_true", help="rows as JSON instead of a table")
+    parser.add_argument("--write", action="store_true", help="put the table into the README")
+    parser.add_argument("--svg", type=Path, help="draw the roofline of kernels into this file")
     args = parser.parse_args()
-    bench = {"decode": bench_decode, "serve": bench_serve, "start": bench_start,
-             "kernels": bench_kernels}[args.what]
+    large = args.shape == "1b" and tinyvllm.pick_device(args.device) == "cuda"
+    if args.batch is None:
+        args.batch = [1, 2, 4, 16, 64, 256] if large else [1, 4, 16]
+    if args.deep is None:
+        args.deep = [(1, 2048), (1, 8192), (64, 4096)] if large else []
+    if not args.batch and not args.deep:
+        parser.error("--batch and --deep name nothing to measure")
     if args.what == "kernels" and tinyvllm.pick_device("auto") != "cuda":
         parser.error("kernels are timed on a GPU: there is none here")
+    bench = {"decode": bench_decode, "prefill": bench_prefill, "serve": bench_serve,
+             "start": bench_start, "kernels": bench_kernels}[args.what]
     with tempfile.TemporaryDirectory() as scratch:
         demo = args.shape == "demo" or args.what == "kernels"
         rows = bench(args, tinyvllm.DEMO if demo else random_checkpoint(Path(scratch), LLAMA_1B))
-    if args.json:
-        print(json.dumps(rows, indent=1))
-    else:
-        show(rows)
+    print(json.dumps(rows, indent=1) if args.json else table(rows))
+    if args.svg:
+        draw_roofline(rows, args.svg)
+    if args.write:
+        write_into_readme(args.what, table(rows))
 
 
 if __name__ == "__main__":
