@@ -2703,7 +2703,7 @@ PERSISTENT_TOKENS = 64                     # most of one launch
 PARTS = 2 if SIMULATOR else 4              # thread blocks that share the K of an item, where it has
                                            # few rows: their sums are added by who reads them
 RING_STEPS = 2 if SIMULATOR else 6
-STEP_VECTORS = 8                           # of a step for a lane, 16 bytes of 8 rows each
+STEP_VECTORS = 8                           # 16-byte vectors of a step for a lane
 STEP_WORDS = STEP_VECTORS * 4 * WARP       # of shared memory: 4 KB
 SUM_WORDS = 8192                           # of shared memory, in front of the rings
 RING_WORDS = PERSISTENT_WARPS * RING_STEPS * STEP_WORDS
@@ -2803,49 +2803,52 @@ def make_plan(plan, C, HD, N_QKV, F, V):
         plan[kind * 6 + SIZE] = N * K
 
 
-# of a cursor: where in the stream of weights a warp is: matrices left, with this one; kind of the
-# matrix; item; steps left in it. In 32 bits; `place` has its first element and this lane's next one
-MATRICES, KIND, ITEM, LEFT = range(4)
-BASE, AT = range(2)
+# of a cursor: where in the stream of weights a warp is: matrices left, with this one; kind and
+# first element of the matrix; item; steps left in it; and this lane's next element
+MATRICES, KIND, BASE, ITEM, LEFT, AT = range(6)
 
 
 @cuda.jit(device=True)
-def open_item(cursor, place, plan):
+def open_item(cursor, plan):
     """The cursor at the beginning of the item that cursor[ITEM] names, in its matrix or, past the
     items of that, in the next: so the thread blocks that one matrix leaves without work are the
     first to get some of the next."""
-    while cursor[MATRICES] > 0 and cursor[ITEM] >= plan[cursor[KIND] * 6 + ITEMS]:
-        cursor[ITEM] -= plan[cursor[KIND] * 6 + ITEMS]
-        place[BASE] += plan[cursor[KIND] * 6 + SIZE]
+    kind = cursor[KIND]
+    while cursor[MATRICES] > 0 and cursor[ITEM] >= plan[kind * 6 + ITEMS]:
+        cursor[ITEM] -= plan[kind * 6 + ITEMS]
+        cursor[BASE] += plan[kind * 6 + SIZE]
         cursor[MATRICES] -= 1
-        cursor[KIND] = LM_HEAD if cursor[MATRICES] == 1 else (cursor[KIND] + 1) & 3
+        kind = LM_HEAD if cursor[MATRICES] == 1 else (kind + 1) & 3
+    cursor[KIND] = kind
     if cursor[MATRICES] > 0:
-        lane, warp, kind = cuda.threadIdx.x % WARP, cuda.threadIdx.x // WARP, cursor[KIND] * 6
-        group, part = cursor[ITEM], 0
-        cursor[LEFT] = plan[kind + STEPS]
-        if plan[kind + SHARED]:
+        lane, warp = cuda.threadIdx.x % WARP, cuda.threadIdx.x // WARP
+        K, group, part = plan[kind * 6 + K_SIZE], cursor[ITEM], 0
+        cursor[LEFT] = plan[kind * 6 + STEPS]
+        if plan[kind * 6 + SHARED]:
             group, part = group >> PARTS_BITS, group & (PARTS - 1)
-        row = group * (32 if cursor[KIND] == GATE_UP else 64) + lane // 4
-        # the warps take neighbouring pieces of 32 along K: all together read long pieces of a row,
-        # which is what memory likes
-        place[AT] = (place[BASE] + row * int64(plan[kind + K_SIZE])
-                     + (part * cursor[LEFT] * UNIT_K + warp * 32 + lane % 4 * 8))
+        row = group * (32 if kind == GATE_UP else 64) + lane // 4
+        # the warps share 8 chunks of 32 along K at a time: then all of them together read long
+        # pieces of a row, which is what memory likes
+        cursor[AT] = (cursor[BASE] + row * K + part * cursor[LEFT] * UNIT_K + warp * 32
+                      + lane % 4 * 8)
 
 
 @cuda.jit(device=True)
-def start_step(ring, target, cursor, place, plan, weights):
-    """Starts the copies of this warp's next step into its target in the ring. After the last step
+def start_step(ring, place, cursor, plan, weights):
+    """Starts the copies of this warp's next step into its place in the ring. After the last step
     of all an empty group, so that as many as ever are under way."""
     if cursor[LEFT] == 0 and cursor[MATRICES] > 0:
         cursor[ITEM] += cuda.gridDim.x
-        open_item(cursor, place, plan)
+        open_item(cursor, plan)
     if cursor[LEFT] > 0:
-        kind = cursor[KIND] * 6
-        eight_rows, far = int64(plan[kind + K_SIZE] * 8), place[AT] + int64(plan[kind + TO_FAR])
-        for vector in range(4):            # of rows l//4, and of those 8, 16 and 24 further
-            stream_async(ring, target + vector * WARP * 4, weights, place[AT] + vector * eight_rows)
-            stream_async(ring, target + (4 + vector) * WARP * 4, weights, far + vector * eight_rows)
-        place[AT] += UNIT_K
+        row_size = plan[cursor[KIND] * 6 + K_SIZE]
+        for tile in range(4):
+            for half in range(2):
+                at = cursor[AT] + (tile % 2 * 16 + half * 8) * row_size
+                if tile >= 2:
+                    at += plan[cursor[KIND] * 6 + TO_FAR]
+                stream_async(ring, place + (tile * 2 + half) * WARP * 4, weights, at)
+        cursor[AT] += UNIT_K
         cursor[LEFT] -= 1
     copies_commit()
 
@@ -2854,16 +2857,13 @@ def make_forward_decode(D, MMAS_T):
     """The kernel for one head_dim and up to 8 * MMAS_T tokens."""
     attend_splits = ATTEND_SPLITS[D]
     NUM_THREADS = WARP * PERSISTENT_WARPS
-    # the tokens are the (16, 16) operand of mma, weights the other: a vector that a lane copied is
-    # its fragments of two mma. With 8 tokens or fewer half of the tokens are zeros
-    TILES_T, REGISTERS = ceil_div(MMAS_T, 2), min(4, 2 * MMAS_T)
-    ACCUMULATORS, A_WORDS = STEP_VECTORS * TILES_T * 4, 2 * TILES_T * 4
+    ACCUMULATORS = 4 * MMAS_T * 4
     AHEAD = 8 // MMAS_T                                # steps whose x is loaded at once
-    X_WORDS, STEP_X_WORDS = AHEAD * MMAS_T * 4, TILES_T * 8
-    GROUP_SUMS = TILES_T * REGISTERS * WARP            # of one warp, of 8 rows
-    GROUPS = {1: 4, 2: 4, 4: 2, 8: 1}[MMAS_T]          # near ones, and far ones, in SUM_WORDS
-    PAIRS = GROUPS * GROUP_SUMS // NUM_THREADS         # of near and far rows, added by a thread
-    PARTS_8, PARTS_4 = PARTS * 8, PARTS * 4
+    X_WORDS, STEP_X_WORDS = AHEAD * MMAS_T * 4, MMAS_T * 4
+    TILES_A_ROUND = min(4, 8 // MMAS_T)                # tiles of 16 rows with room in SUM_WORDS
+    TILE_SUMS = MMAS_T * 4 * WARP                      # of one warp
+    SUMS_A_THREAD = ceil_div(TILE_SUMS, NUM_THREADS)
+    TOTALS, PARTS_8, PARTS_4 = 4 * SUMS_A_THREAD, PARTS * 8, PARTS * 4
 
     @cuda.jit(device=True)
     def norm_tokens(shared_words, h, x, parts, embed, tokens, norms, n, eps):
@@ -2969,57 +2969,60 @@ def make_forward_decode(D, MMAS_T):
             store_shared(ring, place + i * WARP * 4, x_words, i * 4)
 
     @cuda.jit(device=True)
-    def multiply_step(acc, ring, target, x_place, words, x_words, a, like):
-        """acc (tokens, 64 rows) += x (tokens, 32) times a step of weights (64 rows, 32)."""
+    def multiply_step(acc, ring, place, x_place, words, x_words, a, x):
+        """acc (64 rows, tokens) += a step of weights (64 rows, 32) times its x (tokens, 32)."""
         for j in range(MMAS_T):
             load_shared(x_words, j * 4, ring, x_place + j * WARP * 4)
-        for pair in range(2):
-            for tile in range(TILES_T):
-                for w in range(2):
-                    a[(pair * TILES_T + tile) * 4 + w * 2] = x_words[tile * 8 + pair * 2 + w]
-                    a[(pair * TILES_T + tile) * 4 + w * 2 + 1] = x_words[
-                        tile * 8 + 4 + pair * 2 + w] if MMAS_T > 1 else uint32(0)
-        for vector in range(STEP_VECTORS):
-            load_shared(words, 0, ring, target + vector * WARP * 4)
+        for tile in range(4):
+            for half in range(2):
+                load_shared(words, half * 4, ring, place + (tile * 2 + half) * WARP * 4)
             for pair in range(2):
-                for tile in range(TILES_T):
-                    mma(acc, (vector * TILES_T + tile) * 4, a, (pair * TILES_T + tile) * 4,
-                        words, pair * 2, like)
+                for w in range(2):
+                    a[w * 2], a[w * 2 + 1] = words[pair * 2 + w], words[4 + pair * 2 + w]
+                for j in range(MMAS_T):
+                    mma(acc, (tile * MMAS_T + j) * 4, a, 0, x_words, j * 4 + pair * 2, x)
 
     @cuda.jit(device=True)
-    def finish_rows(acc, sums, first, kind, item, part, parts, act, logits, N):
-        """Adds up what the warps have of GROUPS groups of 8 near rows, from `first` on, and of as
-        many far ones, and stores it to where the next operation reads it."""
-        tid, lane, warp, B = (cuda.threadIdx.x, cuda.threadIdx.x % WARP, cuda.threadIdx.x // WARP,
-                              logits.shape[0])
-        for far in range(2):
-            for group in range(GROUPS):
-                for tile in range(TILES_T):
-                    for i in range(REGISTERS):
-                        at = (((warp * 2 + far) * GROUPS + group) * TILES_T + tile) * REGISTERS + i
-                        sums[at * WARP + lane] = acc[
-                            ((far * 4 + first + group) * TILES_T + tile) * 4 + i]
+    def add_warps(totals, acc, sums, first):
+        """totals[tile * SUMS_A_THREAD + i]: the sums of all warps, of a row tile from `first` on,
+        of element tid + i * NUM_THREADS of its (token tile, register, lane)."""
+        tid, lane, warp = cuda.threadIdx.x, cuda.threadIdx.x % WARP, cuda.threadIdx.x // WARP
+        for tile in range(TILES_A_ROUND):
+            for i in range(MMAS_T * 4):
+                sums[(warp * TILES_A_ROUND + tile) * TILE_SUMS + i * WARP + lane] = acc[
+                    (first + tile) * MMAS_T * 4 + i]
         cuda.syncthreads()                 # else a sum is added that is not written yet
-        for i in range(PAIRS):
-            e = tid + i * NUM_THREADS
-            near, far = ZERO, ZERO
-            for w in range(PERSISTENT_WARPS):
-                near += sums[w * 2 * GROUPS * GROUP_SUMS + e]
-                far += sums[(w * 2 + 1) * GROUPS * GROUP_SUMS + e]
-            # as mma leaves them: lane l has rows 2*(l%4) and the next of tokens l//4 and l//4 + 8
-            of_lane, register = e % WARP, e // WARP % REGISTERS
-            tile, group = e // (WARP * REGISTERS) % TILES_T, e // GROUP_SUMS
-            b = tile * 16 + register // 2 * 8 + of_lane // 4
-            row = (first + group) * 8 + of_lane % 4 * 2 + register % 2
-            if b < B:
-                if kind == GATE_UP:
-                    act[b, item * 32 + row] = narrow(silu(near) * far, act)
-                elif kind == LM_HEAD:
-                    logits[b, item * 64 + row], logits[b, item * 64 + 32 + row] = near, far
-                else:
-                    at = (part * B + b) * N + item * 64 + row
-                    parts[at], parts[at + 32] = near, far
+        for tile in range(TILES_A_ROUND):
+            for i in range(SUMS_A_THREAD):
+                total = ZERO
+                if tid + i * NUM_THREADS < TILE_SUMS:
+                    for w in range(PERSISTENT_WARPS):
+                        total += sums[(w * TILES_A_ROUND + tile) * TILE_SUMS + tid
+                                      + i * NUM_THREADS]
+                totals[(first + tile) * SUMS_A_THREAD + i] = total
         cuda.syncthreads()                 # else the next sums overwrite what a slow thread reads
+
+    @cuda.jit(device=True)
+    def store_item(totals, kind, item, part, parts, act, logits, N):
+        """An item's results to where the next operation reads them."""
+        tid, B = cuda.threadIdx.x, logits.shape[0]
+        for i in range(SUMS_A_THREAD):
+            e = tid + i * NUM_THREADS
+            # as mma leaves them: lane l has tokens 2*(l%4) and the next, of rows l//4 and l//4 + 8
+            lane, register = e % WARP, e // WARP % 4
+            b = e // (4 * WARP) * 8 + lane % 4 * 2 + register % 2
+            row = lane // 4 + register // 2 * 8
+            if e < TILE_SUMS and b < B:
+                for tile in range(4):
+                    total = totals[tile * SUMS_A_THREAD + i]
+                    n = item * 64 + tile * 16 + row
+                    if kind == LM_HEAD:
+                        logits[b, n] = total
+                    elif kind != GATE_UP:
+                        parts[(part * B + b) * N + n] = total
+                    elif tile < 2:
+                        up = totals[(tile + 2) * SUMS_A_THREAD + i]
+                        act[b, item * 32 + tile * 16 + row] = narrow(silu(total) * up, act)
 
     @cuda.jit(cache=True)
     def forward_decode_kernel(logits, x, h, qkv, o, flat_o, act, k_cache, v_cache, parts, partial,
@@ -3048,14 +3051,14 @@ def make_forward_decode(D, MMAS_T):
         """
         sums = cuda.shared.array(0, float32)
         ring = cuda.shared.array(0, uint32)
-        plan = cuda.shared.array(32, int32)
-        cursor = cuda.local.array(4, int32)
-        place = cuda.local.array(2, int64)
+        plan = cuda.shared.array(32, int64)
+        cursor = cuda.local.array(6, int64)
         acc = cuda.local.array(ACCUMULATORS, float32)
         x_words = cuda.local.array(X_WORDS, uint32)
         step_x = cuda.local.array(STEP_X_WORDS, uint32)
-        words = cuda.local.array(4, uint32)
-        a = cuda.local.array(A_WORDS, uint32)
+        words = cuda.local.array(8, uint32)
+        a = cuda.local.array(4, uint32)
+        totals = cuda.local.array(TOTALS, float32)
         tid, lane, warp = cuda.threadIdx.x, cuda.threadIdx.x % WARP, cuda.threadIdx.x // WARP
         (B, C), (H, F), G = x.shape, (o.shape[1], act.shape[1]), k_cache.shape[3]
         heads, num_matrices = H + 2 * G, k_cache.shape[0] * 4 + 1
@@ -3066,11 +3069,11 @@ def make_forward_decode(D, MMAS_T):
         # this warp's steps lie from here on: a lane reads what it copied, nobody else does
         first_place = SUM_WORDS + (warp * RING_STEPS * STEP_VECTORS * WARP + lane) * 4
         x_place = (warp * 8 * WARP + lane) * 4     # and its x where later the sums are
-        cursor[MATRICES], cursor[KIND], cursor[ITEM] = num_matrices, QKV, cuda.blockIdx.x
-        cursor[LEFT], place[BASE] = 0, 0
-        open_item(cursor, place, plan)
+        cursor[MATRICES], cursor[KIND], cursor[BASE] = num_matrices, QKV, 0
+        cursor[ITEM], cursor[LEFT] = cuda.blockIdx.x, 0
+        open_item(cursor, plan)
         for step in range(RING_STEPS):
-            start_step(ring, first_place + step * STEP_WORDS, cursor, place, plan, matrices)
+            start_step(ring, first_place + step * STEP_WORDS, cursor, plan, matrices)
         wait_for_inputs()                  # weights are on their way, and were there before
 
         goal, turn, item, kind = uint32(cuda.gridDim.x), 0, int64(cuda.blockIdx.x), QKV
@@ -3097,7 +3100,7 @@ def make_forward_decode(D, MMAS_T):
                 goal = meet_thread_blocks(arrivals, goal)
 
             source = flat_o if kind == O else act if kind == DOWN else h
-            K, steps = int64(plan[kind * 6 + K_SIZE]), int64(plan[kind * 6 + STEPS])
+            K, steps = plan[kind * 6 + K_SIZE], plan[kind * 6 + STEPS]
             while item < plan[kind * 6 + ITEMS]:
                 group, part = item, 0
                 if plan[kind * 6 + SHARED]:
@@ -3112,20 +3115,21 @@ def make_forward_decode(D, MMAS_T):
                     if left > AHEAD:       # on their way while these steps are multiplied
                         load_x(x_words, source, K, k + (first + AHEAD) * UNIT_K, left - AHEAD)
                     for i in range(min(left, AHEAD)):
-                        target = first_place + turn * STEP_WORDS
+                        place = first_place + turn * STEP_WORDS
                         copies_wait_but_5()
-                        multiply_step(acc, ring, target, x_place + i * MMAS_T * WARP * 4, words,
+                        multiply_step(acc, ring, place, x_place + i * MMAS_T * WARP * 4, words,
                                       step_x, a, h)
-                        start_step(ring, target, cursor, place, plan, matrices)
+                        start_step(ring, place, cursor, plan, matrices)
                         turn = turn + 1 if turn + 1 < RING_STEPS else 0
                 cuda.syncthreads()         # else sums overwrite the x of a slow warp
-                N = heads * D if kind == QKV else C
-                finish_rows(acc, sums, 0, kind, group, part, parts, act, logits, N)
-                if GROUPS <= 2:            # written out: registers have no addresses
-                    finish_rows(acc, sums, 2, kind, group, part, parts, act, logits, N)
-                if GROUPS == 1:
-                    finish_rows(acc, sums, 1, kind, group, part, parts, act, logits, N)
-                    finish_rows(acc, sums, 3, kind, group, part, parts, act, logits, N)
+                add_warps(totals, acc, sums, 0)
+                if TILES_A_ROUND <= 2:     # written out: registers have no addresses
+                    add_warps(totals, acc, sums, 2)
+                if TILES_A_ROUND == 1:
+                    add_warps(totals, acc, sums, 1)
+                    add_warps(totals, acc, sums, 3)
+                store_item(totals, kind, group, part, parts, act, logits,
+                           heads * D if kind == QKV else C)
                 item += cuda.gridDim.x
             item -= plan[kind * 6 + ITEMS]
             kind = (kind + 1) & 3
