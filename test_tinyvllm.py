@@ -656,6 +656,28 @@ def test_a_head_dim_of_16_decodes_on_the_rung_that_takes_it(tmp_path):
                                                                        params)
 
 
+def test_a_decode_step_as_one_kernel_gives_the_tokens_of_the_twins(tmp_path):
+    size = kernels.PARTS * kernels.UNIT_K
+    make_checkpoint(tmp_path, dtype="BF16", hidden_size=size, intermediate_size=size,
+                    num_attention_heads=size // 64, num_key_value_heads=1, head_dim=64,
+                    num_hidden_layers=2, vocab_size=64, seed=5)
+    ids = [prompt_ids(5, 64), prompt_ids(2, 64)]
+    params = SamplingParams(temperature=0, max_tokens=3, ignore_eos=True)
+    options = dict(block_size=4, max_model_len=8, max_num_seqs=2)
+    engine, twins = (Engine(tmp_path, device=device, **options) for device in (DEVICE, "cpu"))
+    assert engine.rung == "persistent"
+    assert tokens_of(engine, ids, params) == tokens_of(twins, ids, params)
+
+
+def test_shapes_that_one_kernel_cannot_take_keep_the_kernels(small):
+    assert kernels.fits_persistent(32, 8, 64, 2048, 8192, 128256) is None          # Llama 3.2 1B
+    assert kernels.fits_persistent(24, 8, 128, 3072, 8192, 128256) is None         # 3B
+    assert kernels.fits_persistent(32, 8, 128, 4096, 14336, 128256) is None        # 3.1 8B
+    assert "vocab_size 128257" in kernels.fits_persistent(32, 8, 64, 2048, 8192, 128257)
+    refuses(small, "a decode step cannot be one kernel here (hidden_size 16 is no multiple of",
+            "use --kernels tensor", device=DEVICE, rung="persistent")
+
+
 def test_the_kernels_sample_as_the_twins_do(small):
     params = [SamplingParams(temperature=1.0, seed=3, max_tokens=3, ignore_eos=True),
               SamplingParams(temperature=0.8, top_k=9, top_p=0.9, min_p=0.02, seed=4, max_tokens=3,
@@ -803,13 +825,15 @@ def teacher_forced(directory, sequence, dtype):
 
 
 @needs_gpu
-@pytest.mark.parametrize("name, depth", [("1B", 1000), ("3B", 60), ("8B", 60)])
-def test_bf16_is_as_close_to_float32_as_transformers_and_chooses_as_it_does(name, depth, tmp_path):
+@pytest.mark.parametrize("name, depth, rung", [("1B", 1000, "persistent"), ("1B", 60, "tensor"),
+                                               ("3B", 60, "persistent"), ("8B", 60, "persistent")])
+def test_bf16_is_as_close_to_float32_as_transformers_and_chooses_as_it_does(name, depth, rung,
+                                                                            tmp_path):
     torch = pytest.importorskip("torch")
     pytest.importorskip("transformers")
     directory = real_checkpoint(tmp_path, name)
-    engine = Engine(directory, device="cuda", max_model_len=2048, max_num_seqs=16)
-    assert (engine.rung, engine.dtype) == ("tensor", "bfloat16")
+    engine = Engine(directory, device="cuda", max_model_len=2048, max_num_seqs=16, rung=rung)
+    assert engine.dtype == "bfloat16"
     prompt = prompt_ids(200, 128256)
     answer, = tokens_of(engine, [prompt], SamplingParams(temperature=0, max_tokens=depth,
                                                          ignore_eos=True))
