@@ -77,7 +77,7 @@ def bench_decode(args, directory: Path) -> list[dict]:
     """tgN @ batch B: decode alone, from the step that gave all requests their first token on, and
     with the prefill in the time, as the caller of generate has it."""
     cases = [(batch, args.prompt_len, args.output_len) for batch in args.batch]
-    cases += [(batch, depth, min(64, args.output_len)) for batch, depth in args.deep]
+    cases += [(batch, depth, args.output_len) for batch, depth in args.deep]
     engine = Engine(directory, device=args.device, enable_prefix_caching=False,
                     max_num_seqs=max(batch for batch, *_ in cases),
                     max_model_len=max(prompt + new for _, prompt, new in cases))
@@ -101,18 +101,20 @@ def bench_decode(args, directory: Path) -> list[dict]:
 
 
 def timed_run(engine: Engine, asked: list[dict], new: int) -> tuple[float, float, float]:
-    """Seconds until all requests have their first token; of a step after that; of everything."""
+    """Seconds until all requests have their first token; of a step with all of them, from there
+    until the first has ended; of everything."""
     params = SamplingParams(temperature=0, max_tokens=new, ignore_eos=True)
     started = time.perf_counter()
     requests = [engine.requests[request_id] for request_id in engine.submit(asked, params)]
-    waiting = requests
-    for _ in engine.steps(requests):
+    waiting, begun, step = requests, math.nan, math.nan
+    for unfinished in engine.steps(requests):
+        now, newest = time.perf_counter(), requests[-1].sequences[0].num_outputs
         if waiting:
             waiting = [request for request in waiting if not request.metrics.first_token_time]
-            begun, tokens = time.perf_counter(), min(seq.num_outputs for request in requests
-                                                     for seq in request.sequences)
-    ended = time.perf_counter()
-    return begun - started, (ended - begun) / max(1, new - tokens), ended - started
+            begun, first = now, newest
+        elif unfinished == len(requests) and newest > first:
+            step = (now - begun) / (newest - first)
+    return begun - started, step, time.perf_counter() - started
 
 
 def bench_prefill(args, directory: Path) -> list[dict]:

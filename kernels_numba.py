@@ -390,11 +390,6 @@ def stream_async(target, i, source, index):
     copy_async(target, i, source, index, 16)
 
 
-@instruction("cp.async.bulk.prefetch.L2.global [{0}], {1};", "global", "r")
-def prefetch(array, index, size):
-    """Asks for `size` bytes, a multiple of 16, to be brought into the L2 cache (sm_90)."""
-
-
 @instruction("cp.async.commit_group;")
 def copies_commit():
     """The copies started since the last commit are one group."""
@@ -2858,21 +2853,6 @@ def start_step(ring, place, cursor, plan, weights):
     copies_commit()
 
 
-@cuda.jit(device=True)
-def prefetch_gate_up(matrices, layer, item, plan):
-    """Brings this thread block's second item of the coming gate_up into the L2 cache: the first is
-    in the ring, and until it is used memory would idle. `item` is the next in matrix O."""
-    first = layer * int64(plan[QKV * 6 + SIZE] + plan[O * 6 + SIZE] + plan[GATE_UP * 6 + SIZE]
-                          + plan[DOWN * 6 + SIZE]) + plan[QKV * 6 + SIZE] + plan[O * 6 + SIZE]
-    while item < plan[O * 6 + ITEMS]:
-        item += cuda.gridDim.x
-    item += cuda.gridDim.x - plan[O * 6 + ITEMS]
-    if item < plan[GATE_UP * 6 + ITEMS]:
-        near, size = first + item * 32 * plan[GATE_UP * 6 + K_SIZE], plan[GATE_UP * 6 + K_SIZE] * 64
-        prefetch(matrices, near, uint32(size))
-        prefetch(matrices, near + plan[GATE_UP * 6 + TO_FAR], uint32(size))
-
-
 def make_forward_decode(D, MMAS_T):
     """The kernel for one head_dim and up to 8 * MMAS_T tokens."""
     attend_splits = ATTEND_SPLITS[D]
@@ -3066,7 +3046,7 @@ def make_forward_decode(D, MMAS_T):
                PERSISTENT_WARPS warps
         shared 4*(SUM_WORDS + RING_WORDS) bytes: sums of the warps, and their rings of weights
         moves  E*W + 2*L*B*S*G*D*E bytes, does 2*B*W + 4*L*B*H*S*D flops: bandwidth-bound
-        needs  see fits_persistent; sm_90
+        needs  see fits_persistent; shared memory as Hopper has it, sm_80
         twin   forward_decode_ref      source  Megakernels (Hazy Research, 2025)
         """
         sums = cuda.shared.array(0, float32)
@@ -3102,8 +3082,6 @@ def make_forward_decode(D, MMAS_T):
                 kind = LM_HEAD
             if kind == O:
                 layer = matrix >> 2
-                if tid == 0:
-                    prefetch_gate_up(matrices, layer, item, plan)
                 rotate_heads(qkv, k_cache[layer], v_cache[layer], parts, cos, sin, positions, slots)
                 b, row, first, S = locate(cuda.blockIdx.x, G, seq_lens, splits, rows, SPLIT)
                 goal = meet_thread_blocks(arrivals, goal)

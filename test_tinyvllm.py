@@ -659,8 +659,8 @@ def test_a_head_dim_of_16_decodes_on_the_rung_that_takes_it(tmp_path):
 def test_a_decode_step_as_one_kernel_gives_the_tokens_of_the_twins(tmp_path):
     size = kernels.PARTS * kernels.UNIT_K
     make_checkpoint(tmp_path, dtype="BF16", hidden_size=size, intermediate_size=size,
-                    num_attention_heads=size // 64, num_key_value_heads=1, head_dim=64,
-                    num_hidden_layers=2, vocab_size=64, seed=5)
+                    num_attention_heads=size // 64, num_key_value_heads=max(1, size // 256),
+                    head_dim=64, num_hidden_layers=2, vocab_size=64, seed=5)
     ids = [prompt_ids(5, 64), prompt_ids(2, 64)]
     params = SamplingParams(temperature=0, max_tokens=3, ignore_eos=True)
     options = dict(block_size=4, max_model_len=8, max_num_seqs=2)
@@ -2140,6 +2140,25 @@ def test_the_source_keeps_its_house_style(name):
         assert not re.search(r"^\s*(import|from)\s+(torch|transformers|cupy)\b", text, re.M)
     assert not [i for i, line in enumerate(text.splitlines(), 1) if len(line) > 100]
     assert not re.search(r"\b(TO" r"DO|FIX" r"ME|XX" r"X|HA" r"CK)\b", text)
+
+
+# -----------------------------------------------------------------------------
+# bench.py
+
+
+def test_the_bench_measures_and_writes_its_table(tmp_path, capsys, monkeypatch):
+    import bench
+    monkeypatch.setattr(bench, "__file__", str(tmp_path / "bench.py"))
+    (tmp_path / "README.md").write_text("a\n<!-- bench decode -->\nold\n<!-- end -->\nb\n")
+    monkeypatch.setattr(sys, "argv", ["bench.py", "decode", "--device", "cpu", "--batch", "2",
+                                      "--deep", "1x40", "--prompt-len", "8", "--output-len", "6",
+                                      "--repeat", "1", "--write"])
+    bench.main()
+    printed = capsys.readouterr().out
+    assert re.search(r"tinyvllm \| tg6 @ batch 2 +\| [\d,.]+", printed)
+    assert re.search(r"tinyvllm \| tg6 @ d40 @ batch 1 +\| [\d,.]+", printed)
+    assert (tmp_path / "README.md").read_text() == (
+        f"a\n<!-- bench decode -->\n{printed}<!-- end -->\nb\n")
 
 
 # -----------------------------------------------------------------------------
