@@ -9,7 +9,7 @@
 
 --shape 1b is Llama 3.2 1B with random weights, made on the spot: no download. Rows are named as
 llama-bench names them: pp is prompt processing, tg is text generation, d the context it starts at.
-Every figure is the median of --repeat runs after one warm-up run. --write puts the table into the
+Every figure is the median of --repeat runs after warming up. --write puts the table into the
 README, between <!-- bench NAME --> and <!-- end -->.
 """
 
@@ -126,23 +126,12 @@ def bench_prefill(args, directory: Path) -> list[dict]:
     cases, rows = [(1, length) for length in lengths] + [(64, lengths[0])], []
     for batch, length in tqdm(cases, desc="prefill", leave=False):
         asked = prompts(batch, length, engine.cfg.vocab_size)
+        # two runs to warm up: a prefill step becomes a graph when its shape comes again
         seconds = statistics.median([timed_run(engine, asked, 1)[2]
                                      for _ in range(2 + args.repeat)][2:])
         rows.append({"engine": "tinyvllm", "row": f"pp{length} @ batch {batch}",
                      "tokens/s": batch * length / seconds, "ms": 1e3 * seconds})
     return rows
-
-
-def prefill_and_decode(engine: str, generate, batch: int, args) -> list[dict]:
-    """Rows pp and tg: a run of one new token is the prefill, the rest of a longer one is decode."""
-    prefill = median_seconds(lambda: generate(1), args.repeat)
-    total = median_seconds(lambda: generate(args.output_len), 1)
-    step = (total - prefill) / (args.output_len - 1)
-    return [{"engine": engine, "row": f"pp{args.prompt_len} @ batch {batch}",
-             "tokens/s": batch * args.prompt_len / prefill},
-            {"engine": engine, "row": f"tg{args.output_len} @ batch {batch}",
-             "tokens/s": batch / step, "ms/step": 1e3 * step,
-             "with prefill": batch * args.output_len / total}]
 
 
 def bench_transformers(args, directory: Path) -> list[dict]:
@@ -162,7 +151,15 @@ def bench_transformers(args, directory: Path) -> list[dict]:
         def generate(new_tokens):
             model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens,
                            min_new_tokens=new_tokens, do_sample=False, pad_token_id=0)
-        rows += prefill_and_decode("transformers", generate, batch, args)
+        # a run of one new token is the prefill, the rest of a longer one is decode
+        prefill, total = (median_seconds(lambda: generate(new_tokens), args.repeat)
+                          for new_tokens in (1, args.output_len))
+        step = (total - prefill) / (args.output_len - 1)
+        rows += [{"engine": "transformers", "row": f"pp{args.prompt_len} @ batch {batch}",
+                  "tokens/s": batch * args.prompt_len / prefill},
+                 {"engine": "transformers", "row": f"tg{args.output_len} @ batch {batch}",
+                  "tokens/s": batch / step, "ms/step": 1e3 * step,
+                  "with prefill": batch * args.output_len / total}]
     return rows
 
 
@@ -340,7 +337,6 @@ def bench_kernels(args, directory: Path) -> list[dict]:
         plain = len(row.types) == 1
         arguments = row.example(np.random.default_rng(0), (lambda a: a) if plain else (
             lambda a: a.astype(ml_dtypes.bfloat16).view(np.uint16)), **dims)
-        values["N"] = values.get("N", len(arguments[-1]) if "paged" in name else 0)
         moves, does = (eval(formula, {}, values) for formula in (
             row.moves, row.does))
         sets = copies_of(arguments, sum(a.nbytes for a in arguments if isinstance(a, np.ndarray)))
@@ -516,6 +512,8 @@ def main():
         args.batch = [1, 2, 4, 16, 64, 256] if large else [1, 4, 16]
     if args.deep is None:
         args.deep = [(1, 2048), (1, 8192), (64, 4096)] if large else []
+    if args.what == "decode" and args.output_len < 2:
+        parser.error(f"--output-len is {args.output_len}, decode needs 2 or more")
     if not args.batch and not args.deep:
         parser.error("--batch and --deep name nothing to measure")
     if args.what == "kernels" and tinyvllm.pick_device("auto") != "cuda":

@@ -45,6 +45,7 @@ from numba import config, cuda, float32, int32, int64, uint16, uint32, uint64
 
 SIMULATOR = bool(config.ENABLE_CUDASIM)
 if SIMULATOR:
+    from numba.cuda.simulator import kernelapi
     sys.setswitchinterval(1e-4)         # its threads hand over at each barrier: 50 times as often
 else:
     from llvmlite import ir
@@ -230,6 +231,40 @@ def flat(array):
     """Simulator: the elements of an array in memory order."""
     array = getattr(getattr(array, "_item", array), "_ary", array)
     return array.reshape(-1)
+
+
+class SharedArrays(dict):
+    """Simulator: the shared arrays of a thread block, by the line that asks for one. Numba looks
+    for it, and makes it if there is none; two threads at once would make two, and never see what
+    the other writes. So from a vain `get` until the array is here, others wait; not for ever, for
+    making it may fail."""
+
+    def __init__(self):
+        super().__init__()
+        self.door = threading.Lock()
+
+    def get(self, line):
+        self.door.acquire(timeout=1)
+        found = super().get(line)
+        if found is not None:
+            self.open_door()
+        return found
+
+    def __setitem__(self, line, array):
+        super().__setitem__(line, array)
+        self.open_door()
+
+    def open_door(self):
+        if self.door.locked():
+            self.door.release()
+
+
+if SIMULATOR:
+    def with_shared_arrays(self, size, initialize=kernelapi.FakeCUDAShared.__init__):
+        initialize(self, size)
+        self._allocations = SharedArrays()
+
+    kernelapi.FakeCUDAShared.__init__ = with_shared_arrays
 
 
 class WarpMeeting:
@@ -1870,7 +1905,7 @@ def attention_tiled(out, qkv, k_cache, v_cache, block_tables, rows, query_starts
 # ---- decode: a warp walks tiles of 16 keys for R query heads at once ----
 
 DECODE_WARPS = 2 if SIMULATOR else 8
-SPLIT = 512                                # tokens of context that one thread block takes
+SPLIT = 512                                # tokens of context in one item
 WHOLE = 1 << 30                            # a split that no context exceeds
 DECODE_THREAD_BLOCKS = 3 if SIMULATOR else 264         # two for each multiprocessor of an H100
 
@@ -1879,6 +1914,18 @@ def count_splits(seq_lens, split):
     """For tests and benches what begin_decode computes on the device: (B + 1 + splits,) int32."""
     counts = [ceil_div(int(S), split) for S in seq_lens]
     return np.array([0, *np.cumsum(counts), *np.repeat(np.arange(len(counts)), counts)], np.int32)
+
+
+@cuda.jit(device=True)
+def locate(item, G, seq_lens, splits, rows, split):
+    """b, the row of its block table, the first key and the length of the context of an item, which
+    is a KV head of a split; of split 0 where there are fewer, and nobody uses it."""
+    j = int64(divide(uint32(item), uint32(G)))
+    if j >= int64(load_word(splits, seq_lens.shape[0])):
+        j = 0
+    b = int64(load_word(splits, seq_lens.shape[0] + 1 + j))
+    first = (j - int64(load_word(splits, b))) * split
+    return b, int64(load_word(rows, b)), first, int64(load_word(seq_lens, b))
 
 
 def make_attend_splits(D):
@@ -2071,18 +2118,6 @@ ATTEND_SPLITS = {D: make_attend_splits(D) for D in (64, 128, 192, 256)}
 
 
 @cuda.jit(device=True)
-def locate(item, G, seq_lens, splits, rows, split):
-    """b, the row of its block table, the first key and the length of the context of an item, which
-    is a KV head of a split; of item 0 where there are fewer."""
-    j = int64(divide(uint32(item), uint32(G)))
-    if j >= int64(load_word(splits, seq_lens.shape[0])):
-        j = 0
-    b = int64(load_word(splits, seq_lens.shape[0] + 1 + j))
-    first = (j - int64(load_word(splits, b))) * split
-    return b, int64(load_word(rows, b)), first, int64(load_word(seq_lens, b))
-
-
-@cuda.jit(device=True)
 def merge_head(out, partial, splits, b, h, first, stride):
     """Joins the splits of one head, every stride-th channel from `first` on."""
     m = NEG_INF
@@ -2152,7 +2187,8 @@ def merge_splits_kernel(out, partial, splits):
 
 def paged_decode(out, qkv, k_cache, v_cache, block_tables, rows, query_starts, seq_lens, splits,
                  partial, stream=0, split=WHOLE):
-    """One thread block for each request and KV head; `splits` must be of the same `split`."""
+    """An item for each request and KV head, which at most DECODE_THREAD_BLOCKS take in turns;
+    `splits` must be of the same `split`."""
     B, H, G, D = attention_shapes(out, qkv, k_cache, v_cache)
     assert len(seq_lens) == len(rows) == B, f"{B} queries of {len(seq_lens)} requests: one each"
     assert D in PAGED_DECODE, f"head_dim is {D}, expected a multiple of 64 up to 256"
@@ -2167,7 +2203,7 @@ def paged_decode(out, qkv, k_cache, v_cache, block_tables, rows, query_starts, s
 
 def paged_decode_split(out, qkv, k_cache, v_cache, block_tables, rows, query_starts, seq_lens,
                        splits, partial, stream=0):
-    """A thread block for every SPLIT tokens of a context: few long contexts fill the chip, too."""
+    """An item for every SPLIT tokens of a context: few long contexts fill the chip, too."""
     paged_decode(out, qkv, k_cache, v_cache, block_tables, rows, query_starts, seq_lens, splits,
                  partial, stream, SPLIT)
 
@@ -2693,23 +2729,24 @@ def begin_decode(tokens, positions, slots, seq_lens, splits, inputs, state, bloc
 #   memory -> ring of a warp   [ step ][ step ][ step ][ step ][ step ][ step ]  -> tensor cores
 #             copies start here ^ as soon as its last content is used
 #
-# A matmul is cut into items: 64 rows of a weight matrix, by all or a PARTS-th of its K. A thread
-# block takes every gridDim.x-th item, its warps take 32 along its K in turns. A step is what a warp
-# multiplies at once: 64 rows by 32. Sums over K are taken in the same order for any number of
-# tokens, so nobody's answer depends on the company.
+# A matmul is cut into items: 64 rows of a weight matrix, a group, by all or a PARTS-th of its K. A
+# thread block takes every gridDim.x-th item, its warps take 32 along its K in turns. In this
+# section a step is what a warp multiplies at once: 64 rows by 32, one place in its ring. Sums over
+# K are taken in the same order for any number of tokens: no answer depends on the company.
 
 PERSISTENT_WARPS = DECODE_WARPS
 PERSISTENT_TOKENS = 64                     # most of one launch
 PARTS = 2 if SIMULATOR else 4              # thread blocks that share the K of an item, where it has
                                            # few rows: their sums are added by who reads them
-RING_STEPS = 2 if SIMULATOR else 6
+RING_STEPS = 2 if SIMULATOR else 6         # subtle: one more than copies_wait_but_5 lets pass
 STEP_VECTORS = 8                           # 16-byte vectors of a step for a lane
 STEP_WORDS = STEP_VECTORS * 4 * WARP       # of shared memory: 4 KB
-SUM_WORDS = 8192                           # of shared memory, in front of the rings
+SUM_WORDS = 8192                           # of shared memory, in front of the rings: 8 vectors of x
+                                           # for each of 256 lanes, later the sums of the warps
 RING_WORDS = PERSISTENT_WARPS * RING_STEPS * STEP_WORDS
 PERSISTENT_SHARED = 4 * (SUM_WORDS + RING_WORDS)               # bytes
 PARTS_BITS = PARTS.bit_length() - 1
-UNIT_K = WARP * PERSISTENT_WARPS           # K of a matmul is cut into steps for each warp
+UNIT_K = WARP * PERSISTENT_WARPS           # K that one step of every warp covers together
 QKV, O, GATE_UP, DOWN, LM_HEAD = range(5)  # the matmuls of a layer in their order, and the last one
 ITEMS, SHARED, STEPS, K_SIZE, TO_FAR, SIZE = range(6)          # columns of the plan, see make_plan
 
@@ -2735,11 +2772,11 @@ def forward_decode_ref(logits, x, h, qkv, o, act, k_cache, v_cache, parts, parti
     """Logits of one token for each request: the whole transformer.
 
     logits (B, V) f32, x and h (B, C), qkv (B, H+2G, D), of which q counts, o (B, H, D), act (B, F)
-    written; k_cache
-    and v_cache (L, blocks, P, G, D) appended to; parts (floats,), partial (J, H, D+2) and arrivals
-    (1,) are workspace of the kernel; tokens, positions, slots, rows, seq_lens (B,) i32, splits and
-    block_tables as begin_decode leaves them; embed (V, C); norms (2L+1, C): before attention and
-    MLP of each layer, and the last; matrices: see matrices_of_layer.
+    written; k_cache and v_cache (L, blocks, P, G, D) appended to; parts (PARTS*B*N,), partial
+    (J, H, D+2) and arrivals (1,) are workspace of the kernel; tokens, positions, slots, rows,
+    seq_lens (B,) i32, splits and block_tables as begin_decode leaves them; embed (V, C); norms
+    (2L+1, C): before attention and MLP of each layer, and the last; matrices: see
+    matrices_of_layer.
     """
     B, (H, D), G, C, F = len(x), o.shape[1:], k_cache.shape[3], x.shape[1], act.shape[1]
     delta, flat_qkv, gate_up = np.empty_like(x), qkv.reshape(B, -1), np.empty((B, 2 * F), x.dtype)
@@ -2764,7 +2801,8 @@ def forward_decode_ref(logits, x, h, qkv, o, act, k_cache, v_cache, parts, parti
 @cuda.jit(device=True)
 def meet_thread_blocks(arrivals, goal):
     """Waits until all thread blocks have come here, and their writes are visible to all threads:
-    the next goal. Hazard: all of them must be on the GPU at the same time."""
+    the next goal. Hazard: all must be on the GPU at once. One for each multiprocessor they are,
+    unless another stream runs this kernel, too: then both could wait forever."""
     cuda.syncthreads()                     # else this arrival is counted before all threads wrote
     if cuda.threadIdx.x == 0:
         add_release(arrivals, 0, uint32(1))
@@ -2868,7 +2906,8 @@ def make_forward_decode(D, MMAS_T):
     @cuda.jit(device=True)
     def norm_tokens(shared_words, h, x, parts, embed, tokens, norms, n, eps):
         """x += the matmul that was left in parts, or x = the embedding; h = rmsnorm(x) * norms[n].
-        A thread block takes every gridDim.x-th token, a thread 8 channels at once."""
+        A thread block takes every gridDim.x-th token, a thread 8 channels at once. shared_words
+        holds the token, C/2 words, then the gains; each thread reads only what it wrote."""
         words = cuda.local.array(4, uint32)
         gains = cuda.local.array(4, uint32)
         terms = cuda.local.array(PARTS_8, float32)
@@ -2969,7 +3008,7 @@ def make_forward_decode(D, MMAS_T):
             store_shared(ring, place + i * WARP * 4, x_words, i * 4)
 
     @cuda.jit(device=True)
-    def multiply_step(acc, ring, place, x_place, words, x_words, a, x):
+    def multiply_step(acc, ring, place, x_place, words, x_words, a, like):
         """acc (64 rows, tokens) += a step of weights (64 rows, 32) times its x (tokens, 32)."""
         for j in range(MMAS_T):
             load_shared(x_words, j * 4, ring, x_place + j * WARP * 4)
@@ -2980,7 +3019,7 @@ def make_forward_decode(D, MMAS_T):
                 for w in range(2):
                     a[w * 2], a[w * 2 + 1] = words[pair * 2 + w], words[4 + pair * 2 + w]
                 for j in range(MMAS_T):
-                    mma(acc, (tile * MMAS_T + j) * 4, a, 0, x_words, j * 4 + pair * 2, x)
+                    mma(acc, (tile * MMAS_T + j) * 4, a, 0, x_words, j * 4 + pair * 2, like)
 
     @cuda.jit(device=True)
     def add_warps(totals, acc, sums, first):
@@ -3003,8 +3042,9 @@ def make_forward_decode(D, MMAS_T):
         cuda.syncthreads()                 # else the next sums overwrite what a slow thread reads
 
     @cuda.jit(device=True)
-    def store_item(totals, kind, item, part, parts, act, logits, N):
-        """An item's results to where the next operation reads them."""
+    def store_item(totals, kind, group, part, parts, act, logits, N):
+        """Results of 64 rows to where the next operation reads them; parts is flat, of shape
+        (PARTS, B, N)."""
         tid, B = cuda.threadIdx.x, logits.shape[0]
         for i in range(SUMS_A_THREAD):
             e = tid + i * NUM_THREADS
@@ -3015,14 +3055,14 @@ def make_forward_decode(D, MMAS_T):
             if e < TILE_SUMS and b < B:
                 for tile in range(4):
                     total = totals[tile * SUMS_A_THREAD + i]
-                    n = item * 64 + tile * 16 + row
+                    n = group * 64 + tile * 16 + row
                     if kind == LM_HEAD:
                         logits[b, n] = total
                     elif kind != GATE_UP:
                         parts[(part * B + b) * N + n] = total
                     elif tile < 2:
                         up = totals[(tile + 2) * SUMS_A_THREAD + i]
-                        act[b, item * 32 + tile * 16 + row] = narrow(silu(total) * up, act)
+                        act[b, group * 32 + tile * 16 + row] = narrow(silu(total) * up, act)
 
     @cuda.jit(cache=True)
     def forward_decode_kernel(logits, x, h, qkv, o, flat_o, act, k_cache, v_cache, parts, partial,
@@ -3044,7 +3084,8 @@ def make_forward_decode(D, MMAS_T):
         norms, matrices  (2L+1, C), (all,)    as x       read once
         launch grid of one thread block for each multiprocessor, all there at once; thread block of
                PERSISTENT_WARPS warps
-        shared 4*(SUM_WORDS + RING_WORDS) bytes: sums of the warps, and their rings of weights
+        shared PERSISTENT_SHARED bytes: x, then sums of the warps, and their rings of weights; and
+               384 for the plan and block_sum
         moves  E*W + 2*L*B*S*G*D*E bytes, does 2*B*W + 4*L*B*H*S*D flops: bandwidth-bound
         needs  see fits_persistent; shared memory as Hopper has it, sm_80
         twin   forward_decode_ref      source  Megakernels (Hazy Research, 2025)
@@ -3060,7 +3101,8 @@ def make_forward_decode(D, MMAS_T):
         a = cuda.local.array(4, uint32)
         totals = cuda.local.array(TOTALS, float32)
         tid, lane, warp = cuda.threadIdx.x, cuda.threadIdx.x % WARP, cuda.threadIdx.x // WARP
-        (B, C), (H, F), G = x.shape, (o.shape[1], act.shape[1]), k_cache.shape[3]
+        (B, C), F = x.shape, act.shape[1]
+        H, G = o.shape[1], k_cache.shape[3]
         heads, num_matrices = H + 2 * G, k_cache.shape[0] * 4 + 1
         if tid == 0:
             make_plan(plan, C, H * D, heads * D, F, logits.shape[1])
@@ -3381,7 +3423,7 @@ def forgets_new_blocks(tokens, positions, slots, seq_lens, splits, inputs, *rest
     begin_decode_ref(tokens, positions, slots, seq_lens, splits, inputs * [[1], [0]], *rest)
 
 
-def late_step(*arguments):
+def early_step(*arguments):
     """Every token a position early."""
     arguments = list(arguments)
     arguments[12] = np.maximum(arguments[12] - 1, 0)
@@ -3478,7 +3520,7 @@ KERNELS = (
                (dict(B=1, P=1), dict(B=40, P=4)), "40*B + 4*J", "0", forgets_new_blocks,
                types=("float32",)),
     kernel_row("forward_decode", forward_decode_ref, forward_decode, forward_decode_example,
-               STEPS_OF_DECODE, "E*W + 2*L*B*S*G*D*E", "2*B*W + 4*L*B*H*S*D", late_step,
+               STEPS_OF_DECODE, "E*W + 2*L*B*S*G*D*E", "2*B*W + 4*L*B*H*S*D", early_step,
                workspace=(2, 3, 4, 5, 8, 9), roundings=8, **TENSOR),
 )
 

@@ -13,6 +13,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -466,6 +467,24 @@ def differences_from_twin(row, launcher, dims, dtype):
 def test_kernel_equals_its_twin(case):
     row, dims, dtype = case
     assert not differences_from_twin(row, row.launcher, dims, dtype)
+
+
+@pytest.mark.skipif(HAS_GPU, reason="of the simulator")
+def test_the_threads_of_the_simulator_share_one_array_even_if_making_it_takes_long(monkeypatch):
+    from numba.cuda.simulator import kernelapi
+    empty, found = np.empty, np.zeros(32, np.int64)
+
+    def slow(*arguments):
+        time.sleep(0.05)
+        return empty(*arguments)
+
+    @cuda.jit
+    def who(found):
+        cuda.syncthreads()
+        found[cuda.threadIdx.x] = id(cuda.shared.array(1, np.int32))
+    monkeypatch.setattr(kernelapi.np, "empty", slow)
+    who[1, 32](found)
+    assert len(set(found.tolist())) == 1
 
 
 @pytest.mark.parametrize("row", kernels.KERNELS, ids=lambda row: row.name)

@@ -1364,7 +1364,7 @@ class Engine:
                              where there is one, otherwise the CPU
     dtype                    "bfloat16", "float16", "float32"; "auto": see pick_dtype
     rung                     of the kernels' ladders: "naive", "tiled", "tensor", "persistent";
-                             "auto": the best
+                             "auto": the best. Of "persistent" one engine at a time for a GPU
     enforce_eager            no graphs, and a wait after each kernel: errors name it
     seed                     of requests that bring none
     max_model_len            longest context, prompt and answer together; None: what the model and
@@ -1553,8 +1553,8 @@ class Engine:
         tensor_cores = self.rung in ("tensor", "persistent")
         self.partial = new((num_splits, H, D + 2) if tensor_cores else (1, 1, 1), np.float32)
         # of the kernel that is a whole decode step
-        self.parts = new(kernels.PARTS * kernels.PERSISTENT_TOKENS
-                         * max(cfg.hidden_size, (H + 2 * G) * D), np.float32)
+        parts = kernels.PARTS * kernels.PERSISTENT_TOKENS * max(cfg.hidden_size, (H + 2 * G) * D)
+        self.parts = new(parts if self.rung == "persistent" else 1, np.float32)
         self.arrivals = self.on_device(np.zeros(1, np.uint32))
         # the flat arrays of a step, one behind another; its shape says where each begins
         self.step_buffer = new(3 * T + 5 * B + 1, np.int32)
@@ -1954,14 +1954,14 @@ class Engine:
             self.sample(step)
 
     def begin_decode(self, step: Step, first: int, end: int) -> None:
-        """Tokens, positions, slots and lengths of requests `first` to `end` of a decode step."""
+        """Tokens, positions, slots, lengths and splits of requests `first` to `end` of a step."""
         self.ops.begin_decode(step.tokens[first:end], step.positions[first:end],
                               step.slots[first:end], step.seq_lens[first:end], self.splits,
                               step.inputs[:, first:end], self.state, self.block_tables,
                               self.block_size, kernels.SPLIT)
 
     def decode_at_once(self, step: Step, first: int, end: int) -> None:
-        """The logits of these requests, by one kernel for all layers."""
+        """The logits of these requests, PERSISTENT_TOKENS at most, by one kernel for all layers."""
         w = self.weights
         x, h, qkv, o, act, logits = (array[first:end] for array in (
             self.x, self.h, self.qkv, self.o, self.act, self.logits))
@@ -2216,8 +2216,9 @@ class Engine:
                     yield request.output()
 
     def steps(self, requests: list[Request]) -> Iterator[int]:
-        """Steps until these requests have ended, yielding how many have not; once more at the end,
-        for what ended while somebody else made the steps. Left early, it aborts them."""
+        """Steps until these requests have ended, yielding after each how many were unfinished
+        before it; at the end 0, for what ended while somebody else made the steps. Left early, it
+        aborts them."""
         unfinished = requests
         try:
             while unfinished := [request for request in unfinished if not request.finished]:
