@@ -3457,7 +3457,12 @@ DECODES = (dict(H=1, G=1, D=64, P=16, contexts=(1,), queries=(1,)),
            dict(H=16, G=1, D=64, P=16, contexts=(270,), queries=(1,)))
 ONE_STEP = dict(D=64, V=64, P=4) if SIMULATOR else dict(D=64, V=128, P=16)
 WIDE = dict(H=4, G=2, C=256, F=256) if SIMULATOR else dict(H=16, G=4, C=1024, F=2048)
-STEPS_OF_DECODE = (dict(L=1, contexts=(1,), **ONE_STEP, **WIDE),
+# the simulator takes minutes for as many tokens as the larger of its kernels are for
+MANY_TOKENS = () if SIMULATOR else (
+    dict(L=1, contexts=tuple(range(1, 21)), **ONE_STEP, **WIDE),
+    dict(L=1, contexts=tuple(range(500, 540)), **ONE_STEP, **WIDE),
+    dict(L=1, contexts=(600, 3), **ONE_STEP | dict(D=128), **WIDE))
+STEPS_OF_DECODE = (dict(L=1, contexts=(1,), **ONE_STEP, **WIDE), *MANY_TOKENS,
                    dict(L=2, contexts=(7, 270, 3, 2, 1, 5, 6, 9, 4), **ONE_STEP, **WIDE))
 TENSOR = dict(types=("float16", "bfloat16"))
 SCRATCH, PARTIAL = dict(workspace=(3,)), dict(workspace=(9,))

@@ -1486,9 +1486,16 @@ class Engine:
         channels = 3 * cfg.hidden_size + 3 * cfg.intermediate_size + 2 * D * (H + G)
         rows = 4 * 4 * B * cfg.vocab_size                      # logits, scores, bias, seen
         tables = 4 * longest * D + 4 * B * ceil_div(longest, self.block_size)
-        tensor_cores = self.rung in ("tensor", "persistent")
-        partial = 4 * B * ceil_div(longest, kernels.SPLIT) * H * (D + 2) * tensor_cores
+        partial = 4 * math.prod(self.partial_shape(longest))
         return T * channels * self.elements.itemsize + rows + tables + partial + (256 << 20)
+
+    def partial_shape(self, longest: int) -> tuple[int, int, int]:
+        """Of what decode attention leaves of each split of all contexts, where it splits them."""
+        if self.rung not in ("tensor", "persistent"):
+            return 1, 1, 1
+        _, B = self.largest_step()
+        return (B * ceil_div(longest, kernels.SPLIT), self.cfg.num_attention_heads,
+                self.cfg.head_dim + 2)
 
     def size_cache(self, max_model_len: int | None, cache_bytes: int,
                    num_blocks: int | None) -> int:
@@ -1550,8 +1557,7 @@ class Engine:
         # for every request, even if they share most of their blocks: see begin_decode
         num_splits = B * ceil_div(self.max_model_len, kernels.SPLIT)
         self.splits = new(B + 1 + num_splits, np.int32)
-        tensor_cores = self.rung in ("tensor", "persistent")
-        self.partial = new((num_splits, H, D + 2) if tensor_cores else (1, 1, 1), np.float32)
+        self.partial = new(self.partial_shape(self.max_model_len), np.float32)
         # of the kernel that is a whole decode step
         parts = kernels.PARTS * kernels.PERSISTENT_TOKENS * max(cfg.hidden_size, (H + 2 * G) * D)
         self.parts = new(parts if self.rung == "persistent" else 1, np.float32)
