@@ -55,6 +55,9 @@ else:
 # a step of one token is a small grid, and is meant to be
 warnings.filterwarnings("ignore", message=".*Grid size .* low occupancy")
 
+# a kernel of three warpgroups, which must be known for the registers to be shared out among them
+THREE_WARPGROUPS = {} if SIMULATOR else dict(launch_bounds=(384, 1))
+
 # threads in a thread block, whole warps; the simulator starts one Python thread for each
 WARP = 32
 THREADS = WARP if SIMULATOR else 256
@@ -319,6 +322,12 @@ def shuffle(word, lane):
     return together((word, int(lane)), lambda given: [given[source][0] for _, source in given])
 
 
+@instruction("bar.warp.sync 0xffffffff;")
+def meet_warp():
+    """The lanes of a warp wait for each other; what they wrote before is visible to all of them."""
+    together(None, lambda values: values)
+
+
 @instruction("mov.b32 {0}, {1};", "=r", "f", keep=False)
 def float_bits(x):
     """The bits of a float32 as a word."""
@@ -381,6 +390,12 @@ def load_word(array, index):
     return flat(array)[index:index + 4 // array.dtype.itemsize].view(np.uint32)[0]
 
 
+@instruction("st.global.f32 [{0}], {1};", "global", "f")
+def store_float(array, index, value):
+    """array[index] of a flat array, without the code for indices below 0."""
+    flat(array)[index] = value
+
+
 @instruction("st.global.u32 [{0}], {1};", "global", "r")
 def store_word(array, index, word):
     """Two 16-bit elements from a word."""
@@ -419,12 +434,6 @@ def copy_async(target, i, source, index, size):
     target[i:i + len(values)] = values if size else 0
 
 
-@instruction("cp.async.cg.shared.global.L2::256B [{0}], [{1}], 16;", "shared", "global")
-def stream_async(target, i, source, index):
-    """The same, always; its neighbours in memory are about to be wanted, too."""
-    copy_async(target, i, source, index, 16)
-
-
 @instruction("cp.async.commit_group;")
 def copies_commit():
     """The copies started since the last commit are one group."""
@@ -440,14 +449,10 @@ def copies_wait_but_1():
     """Waits until at most the newest group of this thread is under way."""
 
 
-@instruction("cp.async.wait_group 5;")
-def copies_wait_but_5():
-    """Waits until at most the newest five groups of this thread are under way."""
-
-
 def matrices_of(given, transpose):
     """Simulator: four 8x8 matrices from the 32 row addresses, dealt out as ldmatrix deals them."""
-    rows = np.array([array[i:i + 8].view(np.uint16) for array, i in given]).reshape(4, 8, 8)
+    rows = np.array([array[i:i + 16 // array.itemsize].view(np.uint16)
+                     for array, i in given]).reshape(4, 8, 8)
     if transpose:
         rows = rows.transpose(0, 2, 1)
     dealt = np.ascontiguousarray(rows).view(np.uint32)                 # (matrix, row, 4 pairs)
@@ -519,10 +524,231 @@ def add_acquire(array, index, count):
     return array[index] - count
 
 
+@instruction("ld.relaxed.gpu.global.u32 {0}, [{1}];", "=r", "global")
+def load_relaxed(array, index):
+    """A word of global memory as it is now, whatever has been read of it before."""
+    return array[index]
+
+
 @instruction("ld.acquire.gpu.global.u32 {0}, [{1}];", "=r", "global")
 def load_acquire(array, index):
-    """A word of global memory, before all that is read afterwards."""
+    """The same, before all that is read afterwards: the L1 cache is emptied for that."""
     return array[index]
+
+
+# Hopper: a copy engine that brings a box of a tensor to shared memory at one thread's word, tensor
+# cores that read their operands there, and barriers in shared memory, which tell of copies and
+# threads that are done.
+
+
+@instruction("barrier.sync 1, {0};", "r")
+def meet(threads):
+    """cuda.syncthreads for the first `threads` threads, whole warps, of a thread block."""
+    manager = threading.current_thread()._manager.__dict__
+    name = f"meeting of {threads}"
+    (manager.get(name) or manager.setdefault(name, threading.Barrier(int(threads)))).wait()
+
+
+class Mbarrier:
+    """Simulator: its phase ends when all arrivals, and all bytes they announced, have come."""
+
+    def __init__(self, arrivals):
+        self.arrivals = self.missing = arrivals
+        self.bytes, self.phase, self.changed = 0, 0, threading.Condition()
+
+    def change(self, arrivals, size):
+        with self.changed:
+            self.missing -= arrivals
+            self.bytes += size
+            if self.missing == self.bytes == 0:
+                self.missing, self.phase = self.arrivals, self.phase + 1
+                self.changed.notify_all()
+
+    def wait(self, parity):
+        with self.changed:
+            return self.changed.wait_for(lambda: self.phase % 2 != parity, timeout=1)
+
+
+def mbarriers(barriers, i):
+    """Simulator: the barriers of this thread block, and which of them lies at barriers[i]."""
+    manager = threading.current_thread()._manager.__dict__
+    return manager.setdefault("mbarriers", {}), barriers.ctypes.data + 8 * int(i)
+
+
+@instruction("mbarrier.init.shared::cta.b64 [{0}], {1};", "shared", "r")
+def barrier_init(barriers, i, arrivals):
+    """A barrier, in phase 0, that so many arrivals end."""
+    all_barriers, this = mbarriers(barriers, i)
+    all_barriers[this] = Mbarrier(int(arrivals))
+
+
+@instruction("fence.mbarrier_init.release.cluster;")
+def barriers_ready():
+    """What barrier_init wrote is there for the copy engine, too."""
+
+
+@instruction("mbarrier.arrive.shared::cta.b64 _, [{0}];", "shared")
+def barrier_arrive(barriers, i):
+    """One of the arrivals of this phase; what this thread read before, it is done with."""
+    all_barriers, this = mbarriers(barriers, i)
+    all_barriers[this].change(1, 0)
+
+
+@instruction("mbarrier.arrive.expect_tx.shared::cta.b64 _, [{0}], {1};", "shared", "r")
+def barrier_expect(barriers, i, size):
+    """One of the arrivals of this phase, which ends when so many bytes have been copied, too."""
+    all_barriers, this = mbarriers(barriers, i)
+    all_barriers[this].change(1, int(size))
+
+
+@instruction("{{.reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [{1}], {2}; "
+             "selp.u32 {0}, 1, 0, p;}}", "=r", "shared", "r")
+def barrier_passed(barriers, i, parity):
+    """1 if the phase of that parity has ended, 0 after a while if not. Before phase 0 ends, that of
+    parity 1 counts as ended."""
+    all_barriers, this = mbarriers(barriers, i)
+    return all_barriers[this].wait(int(parity))
+
+
+@instruction("setmaxnreg.dec.sync.aligned.u32 72;")
+def few_registers():
+    """This warpgroup keeps 72 registers for each thread, of the 168 that a third of them are."""
+
+
+@instruction("setmaxnreg.inc.sync.aligned.u32 216;")
+def many_registers():
+    """This warpgroup waits for 216 registers for each thread, which another has given up."""
+
+
+@instruction("mov.u32 {0}, {1};", "=r", "shared", keep=False)
+def shared_address(array, i):
+    """Where an element lies, in bytes of the shared memory."""
+    return np.uint32(i * array.itemsize)
+
+
+@instruction("fence.proxy.async.global;")
+def fence_copies():
+    """What threads had written to global memory before, the copy engine sees from here on."""
+
+
+@instruction("fence.proxy.async.shared::cta;")
+def fence_shared():
+    """What this thread read or wrote in shared memory is before what the copy engine writes."""
+
+
+def address_of(array):
+    """Where an array begins, on the device or in the simulator."""
+    interface = getattr(array, "__cuda_array_interface__", None)
+    return interface["data"][0] if interface else flat(array).ctypes.data
+
+
+DESCRIBED = []                             # simulator: the tensors of all tensor maps
+
+
+def tensor_map(array, sizes, strides, box):
+    """Tells the copy engine of a tensor in `array`, 16-bit elements: sizes, strides and the box of
+    one copy in elements, innermost first, where the stride is 1 and the box 64. A box arrives as
+    rows of 128 bytes, the 16-byte pieces of a row that begins at `address` in the order
+    piece ^ (address / 128 % 8): so tensor cores read eight rows without a bank conflict. Returns
+    16 words (CUDA driver API, CUtensorMap)."""
+    if SIMULATOR:
+        DESCRIBED.append((array, sizes, strides, box))
+        return [len(DESCRIBED) - 1] + [0] * 15
+    from cuda.bindings import driver
+    word, extent = driver.cuuint64_t, driver.cuuint32_t
+    error, made = driver.cuTensorMapEncodeTiled(
+        driver.CUtensorMapDataType.CU_TENSOR_MAP_DATA_TYPE_UINT16, len(sizes),
+        address_of(array), [word(size) for size in sizes],
+        [word(2 * stride) for stride in strides[1:]], [extent(size) for size in box],
+        [extent(1)] * len(sizes), driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
+        driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B,
+        driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+        driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE)
+    assert error == driver.CUresult.CUDA_SUCCESS, f"tensor of {sizes} with boxes {box}: {error}"
+    return [int(word) for word in made.opaque]
+
+
+def copy_box(target, i, maps, m, corner, barriers, barrier):
+    """Simulator: what the copy engine does."""
+    array, sizes, strides, box = DESCRIBED[int(flat(maps)[m])]
+    tensor = np.lib.stride_tricks.as_strided(
+        flat(array), sizes[::-1], [2 * stride for stride in strides[::-1]])
+    inside = tensor[tuple(slice(int(at), int(at) + size)
+                          for at, size in zip(corner[::-1], box[::-1]))]
+    filled = np.zeros(box[::-1], tensor.dtype)                 # zeros beyond the tensor
+    filled[tuple(map(slice, inside.shape))] = inside
+    rows = filled.reshape(-1, 8, 8)
+    pieces = np.arange(8) ^ ((np.arange(len(rows)) + i // 32) % 8)[:, None]
+    rows = np.take_along_axis(rows, pieces[:, :, None], axis=1)
+    target[i:i + filled.size // 2] = rows.reshape(-1).view(np.uint32)
+    all_barriers, this = mbarriers(barriers, barrier)
+    all_barriers[this].change(0, -2 * filled.size)
+
+
+@instruction("cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes"
+             " [{0}], [{1}, {{{2}, {3}, {4}}}], [{5}];",
+             "shared", "global", "r", "r", "r", "shared")
+def copy_box_3d(target, i, maps, m, x0, x1, x2, barriers, barrier):
+    """Starts the copy of the box at (x0, x1, x2) of the tensor that maps[m:m + 16] tells of; its
+    bytes count at the barrier."""
+    copy_box(target, i, maps, m, (x0, x1, x2), barriers, barrier)
+
+
+@instruction("cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes"
+             " [{0}], [{1}, {{{2}, {3}, {4}, {5}, {6}}}], [{7}];",
+             "shared", "global", "r", "r", "r", "r", "r", "shared")
+def copy_box_5d(target, i, maps, m, x0, x1, x2, x3, x4, barriers, barrier):
+    """The same in five dimensions."""
+    copy_box(target, i, maps, m, (x0, x1, x2, x3, x4), barriers, barrier)
+
+
+def rows_of(words, i, count):
+    """Simulator: rows of 64 elements as a box left them."""
+    rows = words[i:i + count * 32].view(np.uint16).reshape(count, 8, 8)
+    pieces = np.arange(8) ^ (np.arange(count) % 8)[:, None]
+    return np.take_along_axis(rows, pieces[:, :, None], axis=1).reshape(count, 64)
+
+
+def make_wgmma(N):
+    """The instructions for a warpgroup, 4 warps, and N columns."""
+    # a descriptor: address / 16, 1024 bytes between groups of 8 rows, swizzle of 128 bytes; 16
+    # elements further along the rows is 2 more
+    text = "{{.reg .b32 a, b; .reg .b64 x, y;\nwgmma.fence.sync.aligned;\n"
+    for k in range(4):
+        text += (f"shr.u32 a, {{1}}, 4; add.u32 a, a, {0x10000 + 2 * k}; "
+                 f"shr.u32 b, {{2}}, 4; add.u32 b, b, {0x10000 + 2 * k};\n"
+                 f"mov.b64 x, {{{{a, {0x40000040}}}}}; mov.b64 y, {{{{b, {0x40000040}}}}};\n"
+                 f"wgmma.mma_async.sync.aligned.m64n{N}k16.f32.DTYPE.DTYPE {{0}}, x, y, "
+                 "1, 1, 1, 0, 0;\n")
+    text += "wgmma.commit_group.sync.aligned;\nwgmma.wait_group.sync.aligned 1;}}"
+
+    def wgmma(c, i, a, j, b, k, like):
+        """C (64, N) f32 += A (64, 64) @ B (N, 64)^T of 16-bit elements; A and B lie in shared
+        memory as boxes left them. C is there after wgmma_wait; on return all but the last of these
+        calls have read their operands.
+
+        warp w, lane l of the warpgroup holds of each 8 columns, in c[i + 4*n : i + 4*n + 4],
+        row 16*w + l//4 at columns 8*n + 2*(l%4) and the next, then the same of 8 rows further
+        """
+        kind = np.float16 if like.dtype == np.float16 else ml_dtypes.bfloat16
+        warp = cuda.threadIdx.x // WARP % 4
+
+        def multiply(given):
+            wide = [rows_of(words, at, rows).view(kind).astype(np.float32)
+                    for words, at, rows in ((a, j + warp * 16 * 32, 16), (b, k, N))]
+            product = (wide[0] @ wide[1].T).reshape(2, 8, N // 8, 4, 2)   # half, row, n, lane%4
+            dealt = product.transpose(1, 3, 2, 0, 4).reshape(WARP, N // 2)
+            return [np.asarray(c) + own for c, own in zip(given, dealt)]
+        c[i:i + N // 2] = together(c[i:i + N // 2].copy(), multiply)
+
+    def wgmma_wait(c, i):
+        """C of all wgmma before is there."""
+    wgmma.__name__, wgmma_wait.__name__ = f"wgmma_{N}", f"wgmma_wait_{N}"
+    return (instruction(text, f"+{N // 2}f", "shared", "shared", "dtype")(wgmma),
+            instruction("// {0}\nwgmma.wait_group.sync.aligned 0;", f"+{N // 2}f")(wgmma_wait))
+
+
+WGMMA = {N: make_wgmma(N) for N in (8, 16, 32, 64, 128)}
 
 
 # Programmatic dependent launch: a kernel may begin while the one before it still runs. Invariant:
@@ -632,17 +858,17 @@ def warp_sum(value):
 
 
 @cuda.jit(device=True)
-def block_sum(value):
-    """Sum of `value` over the threads of a thread block, the same for all of them."""
+def block_sum(value, threads):
+    """Sum of `value` over the first `threads` of a thread block, the same for all of them."""
     partial = cuda.shared.array(WARP, float32)
     tid, total = cuda.threadIdx.x, ZERO
     value = warp_sum(value)
     if tid % WARP == 0:
         partial[tid // WARP] = value
-    cuda.syncthreads()                     # else a thread adds a partial that is not written yet
-    for warp in range(cuda.blockDim.x // WARP):
+    meet(threads)                          # else a thread adds a partial that is not written yet
+    for warp in range(threads // WARP):
         total += partial[warp]
-    cuda.syncthreads()                     # else the next sum overwrites what a slow thread reads
+    meet(threads)                          # else the next sum overwrites what a slow thread reads
     return total
 
 
@@ -794,7 +1020,7 @@ def rmsnorm_kernel(out, x, weight, eps):
     for c in range(tid, C, THREADS):
         value = widen(x[t, c])
         squares += value * value
-    scale = ONE / math.sqrt(block_sum(squares) / float32(C) + eps)
+    scale = ONE / math.sqrt(block_sum(squares, cuda.blockDim.x) / float32(C) + eps)
     for c in range(tid, C, THREADS):
         normed = narrow(widen(x[t, c]) * scale, out)
         out[t, c] = narrow(widen(normed) * widen(weight[c]), out)
@@ -826,7 +1052,7 @@ def add_rmsnorm_kernel(out, x, delta, weight, eps):
         total = narrow(widen(x[t, c]) + widen(delta[t, c]), x)
         x[t, c] = total
         squares += widen(total) * widen(total)
-    scale = ONE / math.sqrt(block_sum(squares) / float32(C) + eps)
+    scale = ONE / math.sqrt(block_sum(squares, cuda.blockDim.x) / float32(C) + eps)
     for c in range(tid, C, THREADS):       # a thread reads back only what it wrote itself
         normed = narrow(widen(x[t, c]) * scale, out)
         out[t, c] = narrow(widen(normed) * widen(weight[c]), out)
@@ -1904,7 +2130,7 @@ def attention_tiled(out, qkv, k_cache, v_cache, block_tables, rows, query_starts
 
 # ---- decode: a warp walks tiles of 16 keys for R query heads at once ----
 
-DECODE_WARPS = 2 if SIMULATOR else 8
+DECODE_WARPS = 4 if SIMULATOR else 8
 SPLIT = 512                                # tokens of context in one item
 WHOLE = 1 << 30                            # a split that no context exceeds
 DECODE_THREAD_BLOCKS = 3 if SIMULATOR else 264         # two for each multiprocessor of an H100
@@ -1928,8 +2154,64 @@ def locate(item, G, seq_lens, splits, rows, split):
     return b, int64(load_word(rows, b)), first, int64(load_word(seq_lens, b))
 
 
+def make_attention_sums(D):
+    """What every decode attention of a head_dim does with scores, and at the end with its sums."""
+    OUTS = D // 8 * 4
+
+    @cuda.jit(device=True)
+    def add_scores(acc, m, l, x, p, R, first, end, scale, like):
+        """The online softmax of R heads, 16 keys further: x (16 heads, 16 keys), as mma leaves it,
+        becomes weights, packed in p as an A fragment; acc, m and l fit the new maximum."""
+        lane = cuda.threadIdx.x % WARP
+        for half in range(2):
+            p[half], p[2 + half] = uint32(0), uint32(0)
+            if R > half * 8:               # of 8 heads or fewer the second half is nobody's
+                for i in range(4):
+                    if first + i // 2 * 8 + lane % 4 * 2 + i % 2 >= end:
+                        x[half * 2 + i // 2 * 4 + i % 2] = NEG_INF
+                new_m = max(max(x[half * 2], x[half * 2 + 1]),
+                            max(x[half * 2 + 4], x[half * 2 + 5]))
+                new_m = max(new_m, shuffle_xor(new_m, 1))
+                new_m = max(m[half], max(new_m, shuffle_xor(new_m, 2)))
+                rescale, shift = exp2((m[half] - new_m) * scale), new_m * scale
+                m[half] = new_m
+                l[half] *= rescale
+                for n in range(OUTS // 4):
+                    acc[n * 4 + half * 2] *= rescale
+                    acc[n * 4 + half * 2 + 1] *= rescale
+                for i in range(4):
+                    j = half * 2 + i // 2 * 4 + i % 2
+                    x[j] = exp2(x[j] * scale - shift)
+                    l[half] += x[j]
+                p[half] = pack(x[half * 2], x[half * 2 + 1], like)
+                p[2 + half] = pack(x[half * 2 + 4], x[half * 2 + 5], like)
+
+    @cuda.jit(device=True)
+    def join_warps(out, partial, sums, base, b, g, j, R, only):
+        """The sums of all warps together: the attention itself if this is the context's only split,
+        otherwise a part of it."""
+        for i in range(cuda.threadIdx.x, R * D, WARP * DECODE_WARPS):
+            r, d = i // D, i % D
+            m, l, o = NEG_INF, ZERO, ZERO
+            for w in range(DECODE_WARPS):
+                m = max(m, sums[base + (w * R + r) * (D + 2) + D])
+            for w in range(DECODE_WARPS):
+                at = base + (w * R + r) * (D + 2)
+                weight = exp2(sums[at + D] - m)                # a warp without keys has m = -inf
+                l += sums[at + D + 1] * weight
+                o += sums[at + d] * weight
+            if only:
+                out[b, g * R + r, d] = narrow(o / l, out)
+            else:
+                partial[j, g * R + r, d] = o
+                if d == 0:
+                    partial[j, g * R + r, D], partial[j, g * R + r, D + 1] = m, l
+    return add_scores, join_warps
+
+
 def make_attend_splits(D):
     """The device function for one head_dim, a multiple of 64 up to 256."""
+    add_scores, join_warps = make_attention_sums(D)
     VECTORS = D // 64                      # 16-byte pieces of a value row for a lane
     K_WORDS, Q_WORDS = D // 4, D // 16 * 4
     TILE_WORDS = 2 * K_WORDS               # of keys, then of values
@@ -1969,33 +2251,14 @@ def make_attend_splits(D):
                     q[(step * 2 + w // 2) * 4 + w % 2 * 2 + half] = words[w]
 
     @cuda.jit(device=True)
-    def add_tile(acc, m, l, q, words, at, x, p, b_words, first, end, scale, qkv):
+    def add_tile(acc, m, l, q, words, at, x, p, b_words, R, first, end, scale, qkv):
         """The online softmax of R heads, a tile of 16 keys further."""
-        lane = cuda.threadIdx.x % WARP
         for i in range(8):
             x[i] = ZERO
         for half in range(2):                                  # x (16 heads, 16 keys) = q @ k.T
             for step in range(D // 16):
                 mma(x, half * 4, q, step * 4, words, at + half * (D // 8) + step * 2, qkv)
-        for i in range(8):
-            if first + i // 4 * 8 + lane % 4 * 2 + i % 2 >= end:
-                x[i] = NEG_INF
-        for half in range(2):
-            new_m = max(max(x[half * 2], x[half * 2 + 1]), max(x[half * 2 + 4], x[half * 2 + 5]))
-            new_m = max(new_m, shuffle_xor(new_m, 1))
-            new_m = max(m[half], max(new_m, shuffle_xor(new_m, 2)))
-            rescale, shift = exp2((m[half] - new_m) * scale), new_m * scale
-            m[half] = new_m
-            l[half] *= rescale
-            for n in range(OUTS // 4):
-                acc[n * 4 + half * 2] *= rescale
-                acc[n * 4 + half * 2 + 1] *= rescale
-            for i in range(4):
-                j = half * 2 + i // 2 * 4 + i % 2
-                x[j] = exp2(x[j] * scale - shift)
-                l[half] += x[j]
-        for i in range(4):
-            p[i] = pack(x[i * 2], x[i * 2 + 1], qkv)
+        add_scores(acc, m, l, x, p, R, first, end, scale, qkv)
         # mma wants pairs (v[key, d], v[key + 1, d]), memory has (v[key, d], v[key, d + 1]) in a
         # word: half 0 joins the lower halves of both keys' words, half 1 the upper ones. Column
         # l//4 of the mma for word w is then channel 8*(l//4) + 2w + half
@@ -2027,27 +2290,6 @@ def make_attend_splits(D):
                         channel = n // 8 * 64 + (lane % 4 * 2 + i) * 8 + n % 8
                         sums[at + channel] = acc[n * 4 + half * 2 + i]
                 sums[at + D], sums[at + D + 1] = m[half] * scale, total
-
-    @cuda.jit(device=True)
-    def join_warps(out, partial, sums, b, g, j, R, only):
-        """The sums of all warps together: the attention itself if this is the context's only split,
-        otherwise a part of it."""
-        for i in range(cuda.threadIdx.x, R * D, WARP * DECODE_WARPS):
-            r, d = i // D, i % D
-            m, l, o = NEG_INF, ZERO, ZERO
-            for w in range(DECODE_WARPS):
-                m = max(m, sums[(w * R + r) * (D + 2) + D])
-            for w in range(DECODE_WARPS):
-                at = (w * R + r) * (D + 2)
-                weight = exp2(sums[at + D] - m)                # a warp without keys has m = -inf
-                l += sums[at + D + 1] * weight
-                o += sums[at + d] * weight
-            if only:
-                out[b, g * R + r, d] = narrow(o / l, out)
-            else:
-                partial[j, g * R + r, d] = o
-                if d == 0:
-                    partial[j, g * R + r, D], partial[j, g * R + r, D + 1] = m, l
 
     @cuda.jit(device=True)
     def attend_splits(out, partial, sums, qkv, k_cache, v_cache, block_tables, rows, seq_lens,
@@ -2097,17 +2339,17 @@ def make_attend_splits(D):
                 ahead = next_first + warp * 16 if last else s + TILES * width
                 for i in range(TILES):
                     if s + i * width < end:
-                        add_tile(acc, m, l, q, words, i * TILE_WORDS, x, p, b_words, s + i * width,
-                                 end, scale, out)
+                        add_tile(acc, m, l, q, words, i * TILE_WORDS, x, p, b_words, R,
+                                 s + i * width, end, scale, out)
                     if more:
                         load_tile(words, i * TILE_WORDS, k_cache, v_cache, block_tables, tile_row,
                                   tile_g, ahead + i * width, limit)
                 s += TILES * width
             store_sums(sums, acc, m, l, R, scale)
-            cuda.syncthreads()             # else a warp's sums are read before they are written
+            meet(WARP * DECODE_WARPS)      # else a warp's sums are read before they are written
             only = load_word(splits, b + 1) - load_word(splits, b) == 1
-            join_warps(out, partial, sums, b, g, j, R, only)
-            cuda.syncthreads()             # else the next item overwrites sums still being read
+            join_warps(out, partial, sums, 0, b, g, j, R, only)
+            meet(WARP * DECODE_WARPS)      # else the next item overwrites sums still being read
             b, row, first, S, end, g, j = (next_b, next_row, next_first, next_S, next_end, next_g,
                                            next_j)
             item += stride
@@ -2720,35 +2962,49 @@ def begin_decode(tokens, positions, slots, seq_lens, splits, inputs, state, bloc
 # 10. A decode step as one kernel                                    (lesson 16)
 #
 # Between two kernels the memory idles: the last thread blocks of one end, those of the next start,
-# and their first loads take their time. A decode step does little but read weights, and which
-# weights it will read is known from the start. So here one thread block on each multiprocessor
-# stays for the whole step. Each warp streams its share of all weights, in the order of their use,
-# through a ring of its own in shared memory, and goes on while the thread blocks wait for each
-# other between two operations, or for attention.
+# and their first loads take their time. A decode step does little but read weights and contexts,
+# and which ones is known from the start. So here one thread block on each multiprocessor stays for
+# the whole step, and its warps have roles. One warp does nothing but start copies of weights, and
+# of keys and values, into a ring of stages in shared memory: it goes on, as far as there is room,
+# while the thread blocks wait for each other between two operations. One warp fills a second ring,
+# with the tokens that meet the weights, as soon as all thread blocks have made them. Eight warps,
+# the consumers, do everything else.
 #
-#   memory -> ring of a warp   [ step ][ step ][ step ][ step ][ step ][ step ]  -> tensor cores
-#             copies start here ^ as soon as its last content is used
+#   weights warp -> [ stage ][ stage ][ stage ][ stage ][ stage ] \
+#                   of weights, or of keys and values              > consumers: tensor cores, norms,
+#   tokens warp  -> [ slot ][ slot ][ slot ]                      /  rotation, softmax
 #
-# A matmul is cut into items: 64 rows of a weight matrix, a group, by all or a PARTS-th of its K. A
-# thread block takes every gridDim.x-th item, its warps take 32 along its K in turns. In this
-# section a step is what a warp multiplies at once: 64 rows by 32, one place in its ring. Sums over
-# K are taken in the same order for any number of tokens: no answer depends on the company.
+# A matmul is cut into items: 128 rows of a weight matrix, a tile, by all of its K or a part of it.
+# A thread block takes every gridDim.x-th item and goes on from one matrix to the next without a
+# gap, in steps of 64 along K, each a stage. All three roles walk the same schedule. Weights are the
+# rows of wgmma and tokens its columns, so kernels for few and for many tokens take each sum over K
+# in the same order: no answer depends on the company.
 
-PERSISTENT_WARPS = DECODE_WARPS
-PERSISTENT_TOKENS = 64                     # most of one launch
-PARTS = 2 if SIMULATOR else 4              # thread blocks that share the K of an item, where it has
-                                           # few rows: their sums are added by who reads them
-RING_STEPS = 2 if SIMULATOR else 6         # subtle: one more than copies_wait_but_5 lets pass
-STEP_VECTORS = 8                           # 16-byte vectors of a step for a lane
-STEP_WORDS = STEP_VECTORS * 4 * WARP       # of shared memory: 4 KB
-SUM_WORDS = 8192                           # of shared memory, in front of the rings: 8 vectors of x
-                                           # for each of 256 lanes, later the sums of the warps
-RING_WORDS = PERSISTENT_WARPS * RING_STEPS * STEP_WORDS
-PERSISTENT_SHARED = 4 * (SUM_WORDS + RING_WORDS)               # bytes
-PARTS_BITS = PARTS.bit_length() - 1
-UNIT_K = WARP * PERSISTENT_WARPS           # K that one step of every warp covers together
+DECODE_GROUPS = 1 if SIMULATOR else 2      # warpgroups of consumers; each has 64 rows of a tile
+CONSUMERS = 4 * WARP * DECODE_GROUPS       # threads
+TILE_ROWS = 64 * DECODE_GROUPS
+STAGE_WORDS = TILE_ROWS * 32               # 64 elements of each row
+DECODE_TOKENS = 8, 16, 32, 64, 128, 256    # there is a kernel for up to so many tokens each
+MAX_DECODE_TOKENS = max(DECODE_TOKENS)
+MAX_PARTS = 2 if SIMULATOR else 8          # of a matrix's K
+MULTIPROCESSORS = 2 if SIMULATOR else 132  # that the parts are made for; they must not depend on
+                                           # the GPU, or its sums would
+PERSISTENT_SHARED = (227 - 1) << 10        # bytes; 1 KB is left for static arrays
+SUM_WORDS = 16384                          # the most that the sums of attention may take of it
+SLOTS_WORDS = 8192                         # for the tokens' ring; three slots if that is more
+# barriers of the rings: full[i], that a copy has landed, and empty[i], that all consumers are done
+MAX_STAGES, MAX_SLOTS = 16, 8
+EMPTY, SLOT_FULL, SLOT_EMPTY = MAX_STAGES, 2 * MAX_STAGES, 2 * MAX_STAGES + MAX_SLOTS
+NUM_BARRIERS = 2 * MAX_STAGES + 2 * MAX_SLOTS
 QKV, O, GATE_UP, DOWN, LM_HEAD = range(5)  # the matmuls of a layer in their order, and the last one
-ITEMS, SHARED, STEPS, K_SIZE, TO_FAR, SIZE = range(6)          # columns of the plan, see make_plan
+H_MAP, O_MAP, ACT_MAP, KV_MAP = range(5, 9)            # tensor maps behind those of the matrices
+ITEMS, PARTS, STEPS, ROWS = range(4)       # columns of the plan: items of a matrix, parts of its K,
+                                           # steps of an item, rows
+# what is there when all thread blocks have met for the n-th time in a layer; past the layers the
+# first comes once more, for the last norm
+(NORMED, QKV_MADE, ROTATED, SPLITS_ATTENDED, ATTENDED, O_MADE, NORMED_AGAIN, ACTIVATED,
+ DOWN_MADE) = range(9)
+MEETINGS = 9
 
 
 def layer_size(H, G, D, C, F):
@@ -2756,32 +3012,63 @@ def layer_size(H, G, D, C, F):
     return (H + 2 * G) * D * C + C * H * D + 3 * F * C
 
 
+def shapes_of_layer(H, G, D, C, F):
+    """(rows, K) of the matrices of a layer, in the order of their use."""
+    return ((H + 2 * G) * D, C), (C, H * D), (2 * F, C), (C, F)
+
+
 def matrices_of_layer(matrices, layer, H, G, D, C, F):
     """Views of layer `layer` in the flat array of all weight matrices, which are in the order of
     their use: wqkv, wo, w_gate_up, w_down of each layer, one behind another, then lm_head."""
     at, views = layer * layer_size(H, G, D, C, F), []
-    for N, K in (((H + 2 * G) * D, C), (C, H * D), (2 * F, C), (C, F)):
+    for N, K in shapes_of_layer(H, G, D, C, F):
         views.append(matrices[at:at + N * K].reshape(N, K))
         at += N * K
     return views
 
 
-def forward_decode_ref(logits, x, h, qkv, o, act, k_cache, v_cache, parts, partial, arrivals,
-                       tokens, positions, slots, rows, seq_lens, splits, block_tables, cos, sin,
+def parts_of(N, K):
+    """In how many parts K is cut, so that a matrix of few rows has work for every multiprocessor;
+    who reads the product adds them."""
+    parts = 1
+    while (parts < MAX_PARTS and ceil_div(N, TILE_ROWS) * 2 * parts <= MULTIPROCESSORS
+           and K % (2 * parts * 64) == 0):
+        parts *= 2
+    return parts
+
+
+def decode_plan(H, G, D, C, F, V):
+    """(5, 4) int32: for each matrix what its items are."""
+    plan = []
+    for kind, (N, K) in enumerate((*shapes_of_layer(H, G, D, C, F), (V, C))):
+        parts = parts_of(N, K) if kind in (QKV, O, DOWN) else 1
+        plan.append((ceil_div(N, TILE_ROWS) * parts, parts, K // parts // 64, N))
+    return np.array(plan, np.int32)
+
+
+def parts_size(B, H, G, D, C, F):
+    """Elements of `parts` of forward_decode for B tokens."""
+    shapes = shapes_of_layer(H, G, D, C, F)
+    return B * max(parts_of(*shapes[kind]) * shapes[kind][0] for kind in (QKV, O, DOWN))
+
+
+def forward_decode_ref(logits, x, h, qkv, o, act, kv_cache, parts, partial, arrivals, tokens,
+                       positions, slots, rows, seq_lens, splits, block_tables, cos, sin,
                        embed, norms, matrices, eps):
     """Logits of one token for each request: the whole transformer.
 
     logits (B, V) f32, x and h (B, C), qkv (B, H+2G, D), of which q counts, o (B, H, D), act (B, F)
-    written; k_cache and v_cache (L, blocks, P, G, D) appended to; parts (PARTS*B*N,), partial
-    (J, H, D+2) and arrivals (1,) are workspace of the kernel; tokens, positions, slots, rows,
+    written; kv_cache (2, L, blocks, P, G, D) appended to; parts (parts_size,), partial
+    (J, H, D+2) and arrivals (9L+2,) are workspace of the kernel; tokens, positions, slots, rows,
     seq_lens (B,) i32, splits and block_tables as begin_decode leaves them; embed (V, C); norms
     (2L+1, C): before attention and MLP of each layer, and the last; matrices: see
     matrices_of_layer.
     """
-    B, (H, D), G, C, F = len(x), o.shape[1:], k_cache.shape[3], x.shape[1], act.shape[1]
+    B, (H, D), G, C, F = len(x), o.shape[1:], kv_cache.shape[4], x.shape[1], act.shape[1]
     delta, flat_qkv, gate_up = np.empty_like(x), qkv.reshape(B, -1), np.empty((B, 2 * F), x.dtype)
     starts = np.arange(B + 1, dtype=np.int32)
     embedding_ref(x, tokens, embed)
+    k_cache, v_cache = kv_cache[0], kv_cache[1]
     for l in range(len(k_cache)):
         wqkv, wo, w_gate_up, w_down = matrices_of_layer(matrices, l, H, G, D, C, F)
         rmsnorm_ref(h, x, norms[2 * l], eps)
@@ -2799,112 +3086,367 @@ def forward_decode_ref(logits, x, h, qkv, o, act, k_cache, v_cache, parts, parti
 
 
 @cuda.jit(device=True)
-def meet_thread_blocks(arrivals, goal):
-    """Waits until all thread blocks have come here, and their writes are visible to all threads:
-    the next goal. Hazard: all must be on the GPU at once. One for each multiprocessor they are,
-    unless another stream runs this kernel, too: then both could wait forever."""
-    cuda.syncthreads()                     # else this arrival is counted before all threads wrote
+def arrive(arrivals, meeting):
+    """This thread block has come to a meeting: all that its consumers wrote before is visible to
+    who waits for it."""
+    meet(CONSUMERS)                        # else the arrival is counted before all threads wrote
     if cuda.threadIdx.x == 0:
-        add_release(arrivals, 0, uint32(1))
-        while load_acquire(arrivals, 0) < goal:
-            pass
-    cuda.syncthreads()                     # else a thread reads before the others have arrived
-    return uint32(goal + cuda.gridDim.x)
+        add_release(arrivals, meeting, uint32(1))
 
 
 @cuda.jit(device=True)
-def leave_thread_blocks(arrivals, goal):
-    """The last one to leave, when nobody can be waiting any more, sets the count back."""
-    if cuda.threadIdx.x == 0 and add_acquire(arrivals, 0, uint32(1)) == uint32(goal - 1):
-        arrivals[0] = 0
+def await_all(arrivals, meeting):
+    """One thread waits until all thread blocks have come to a meeting. Hazard: all must be on the
+    GPU at once. One for each multiprocessor they are, unless another stream runs this kernel, too:
+    then both could wait forever."""
+    while load_relaxed(arrivals, meeting) < uint32(cuda.gridDim.x):
+        pass
+    load_acquire(arrivals, meeting)
 
 
 @cuda.jit(device=True)
-def make_plan(plan, C, HD, N_QKV, F, V):
-    """plan[kind * 6 + column]: items, whether PARTS of them share a K, steps of a warp in an item,
-    K, elements from an item's near 32 rows to its far ones (the up rows of SwiGLU stand in an item
-    with their gate rows), and size of the matrix."""
-    for kind in range(5):
-        N, K, shared, far = V, C, 0, 32
-        if kind == QKV:
-            N, shared = N_QKV, 1
-        elif kind == O:
-            N, K, shared = C, HD, 1
+def gather(arrivals, meeting):
+    """All consumers wait for a meeting."""
+    if cuda.threadIdx.x == 0:
+        await_all(arrivals, meeting)
+    meet(CONSUMERS)                        # else a thread reads before the others have arrived
+
+
+@cuda.jit(device=True)
+def await_barrier(barriers, i, parity):
+    """Waits for the end of the barrier's phase of that parity."""
+    while barrier_passed(barriers, i, parity) == uint32(0):
+        pass
+
+
+@cuda.jit(device=True)
+def kind_of(matrix, num_matrices):
+    """Which matmul of a layer the n-th matrix of all is."""
+    return LM_HEAD if matrix + 1 == num_matrices else matrix & 3
+
+
+@cuda.jit(device=True)
+def next_stage(stage, parity, stages):
+    """The place after this one in a ring, and the parity of its phase."""
+    if stage + 1 == stages:
+        return 0, uint32(parity ^ uint32(1))
+    return stage + 1, parity
+
+
+def keys_of_stage(D):
+    """Tokens whose keys have room in half a stage, their values in the other half."""
+    keys = 16
+    while 2 * keys * D <= STAGE_WORDS:
+        keys *= 2
+    return keys
+
+
+@cuda.jit(device=True)
+def open_context(turn, row, key, S, P, block_tables):
+    """First key and end of the item that lane `turn` has looked up, where its blocks begin in the
+    flat block table, and the first 32 of them, one in each lane."""
+    turn, lane = uint32(turn), cuda.threadIdx.x % WARP
+    k = int64(shuffle(uint32(key), turn))
+    end = min(k + SPLIT, int64(shuffle(uint32(S), turn)))
+    n = (int64(shuffle(uint32(row), turn)) * block_tables.shape[1]
+         + int64(divide(uint32(k), uint32(P))))
+    return k, end, n, load_word(block_tables, min(n + lane, block_tables.size - 1))
+
+
+@cuda.jit(device=True)
+def stream_context(ring, first, stage, stages, parity, barriers, maps, item, layer, D, KEYS, G, P,
+                   block_tables, rows, seq_lens, splits):
+    """A warp fills stages with keys and values of all items of this thread block: for each block of
+    the cache, its keys and then its values. It may run before this step's own are written: who uses
+    them puts those in, see patch_tile."""
+    lane, box, stride = cuda.threadIdx.x % WARP, min(P, KEYS), cuda.gridDim.x
+    items = int64(load_word(splits, seq_lens.shape[0])) * G
+    # each lane has looked up one of the thread block's next 32 items: one item after another these
+    # loads, each of which waits for the one before, would take longer than the copies
+    _, row, key, S = locate(item + lane * stride, G, seq_lens, splits, rows, SPLIT)
+    k, end, n, blocks = open_context(0, row, key, S, P, block_tables)
+    turn = 0
+    while item < items:
+        turn += 1
+        if turn == WARP:
+            turn = 0
+            _, row, key, S = locate(item + (1 + lane) * stride, G, seq_lens, splits, rows, SPLIT)
+        next_k, next_end, next_n, next_blocks = open_context(turn, row, key, S, P, block_tables)
+        g = uint32(item - int64(divide(uint32(item), uint32(G))) * G)
+        from_lane, token = 0, uint32(0)                        # where a stage begins in its block
+        while k < end:
+            boxes = KEYS // box
+            if end - k < KEYS:
+                boxes = int64(divide(uint32(end - k + box - 1), uint32(box)))
+            if from_lane == WARP:
+                from_lane, n = 0, n + WARP
+                blocks = load_word(block_tables, min(n + lane, block_tables.size - 1))
+            await_barrier(barriers, EMPTY + stage, parity)
+            if lane == 0:
+                barrier_expect(barriers, stage, uint32(boxes * box * D * 4))
+            at = first + stage * STAGE_WORDS
+            for i in range(boxes):
+                slot = uint32(shuffle(blocks, uint32(from_lane + i)) * uint32(P) + token)
+                if lane == 0:
+                    for part in range(D // 64):
+                        copy_box_5d(ring, at + part * KEYS * 64, maps, KV_MAP * 16,
+                                    uint32(part * 64), g, slot, uint32(layer), uint32(0), barriers,
+                                    stage)
+                at += box * 64
+            token += uint32(KEYS)                              # the next stage: in the same block
+            if token >= uint32(P):                             # or past it
+                token, from_lane = uint32(0), from_lane + KEYS // box
+            stage, parity = next_stage(stage, parity, stages)
+            k += KEYS
+        k, end, n, blocks = next_k, next_end, next_n, next_blocks
+        item += stride
+    return item - items, stage, parity
+
+
+@cuda.jit(device=True)
+def stream_weights(ring, first, stages, barriers, plan, maps, num_matrices, D, KEYS, G, P,
+                   block_tables, rows, seq_lens, splits):
+    """The warp that fills the ring with weights and, for attention, with contexts."""
+    lane, item, stage, parity = cuda.threadIdx.x % WARP, cuda.blockIdx.x, 0, uint32(1)
+    for matrix in range(num_matrices):
+        kind = kind_of(matrix, num_matrices)
+        if kind == O:
+            wait_for_inputs()
+            item, stage, parity = stream_context(ring, first, stage, stages, parity, barriers, maps,
+                                                 item, matrix >> 2, D, KEYS, G, P, block_tables,
+                                                 rows, seq_lens, splits)
+        parts, steps = plan[kind, PARTS], plan[kind, STEPS]
+        while item < plan[kind, ITEMS]:
+            tile = int64(divide(uint32(item), uint32(parts)))
+            k = (item - tile * parts) * steps * 64
+            for step in range(steps):
+                await_barrier(barriers, EMPTY + stage, parity)
+                if lane == 0:
+                    barrier_expect(barriers, stage, uint32(STAGE_WORDS * 4))
+                    copy_box_5d(ring, first + stage * STAGE_WORDS, maps, kind * 16, uint32(k),
+                                uint32(0), uint32(0), uint32(tile * (TILE_ROWS // 16)),
+                                uint32(matrix >> 2 if kind != LM_HEAD else 0), barriers, stage)
+                k += 64
+                stage, parity = next_stage(stage, parity, stages)
+            item += cuda.gridDim.x
+        item -= plan[kind, ITEMS]
+
+
+@cuda.jit(device=True)
+def stream_tokens(ring, first, slots, slot_words, x_steps, barriers, plan, maps, num_matrices,
+                  arrivals, G, splits, B):
+    """The thread that fills the second ring with the elements of all tokens that meet the weights,
+    x_steps steps at once, as soon as the thread blocks have met because they are there."""
+    item, slot, parity = cuda.blockIdx.x, 0, uint32(1)
+    for matrix in range(num_matrices):
+        kind, meeting = kind_of(matrix, num_matrices), (matrix >> 2) * MEETINGS
+        parts, steps = plan[kind, PARTS], plan[kind, STEPS]
+        source = H_MAP
+        if kind == O:
+            source, meeting = O_MAP, meeting + ATTENDED
+            items = int64(load_word(splits, B)) * G            # of attention
+            while item < items:
+                item += cuda.gridDim.x
+            item -= items
         elif kind == GATE_UP:
-            N, far = 2 * F, F
+            meeting += NORMED_AGAIN
         elif kind == DOWN:
-            N, K, shared = C, F, 1
-        parts = PARTS if shared else 1
-        plan[kind * 6 + ITEMS], plan[kind * 6 + SHARED] = N // 64 * parts, shared
-        plan[kind * 6 + STEPS] = K // parts // UNIT_K
-        plan[kind * 6 + K_SIZE], plan[kind * 6 + TO_FAR] = K, far * K
-        plan[kind * 6 + SIZE] = N * K
+            source, meeting = ACT_MAP, meeting + ACTIVATED
+        await_all(arrivals, meeting)
+        fence_copies()
+        while item < plan[kind, ITEMS]:
+            tile = int64(divide(uint32(item), uint32(parts)))
+            k = (item - tile * parts) * steps
+            for step in range(0, steps, x_steps):
+                await_barrier(barriers, SLOT_EMPTY + slot, parity)
+                barrier_expect(barriers, SLOT_FULL + slot, uint32(slot_words * 4))
+                copy_box_3d(ring, first + slot * slot_words, maps, source * 16, uint32(0),
+                            uint32(0), uint32(k + step), barriers, SLOT_FULL + slot)
+                slot, parity = next_stage(slot, parity, slots)
+            item += cuda.gridDim.x
+        item -= plan[kind, ITEMS]
 
 
-# of a cursor: where in the stream of weights a warp is: matrices left, with this one; kind and
-# first element of the matrix; item; steps left in it; and this lane's next element
-MATRICES, KIND, BASE, ITEM, LEFT, AT = range(6)
-
-
-@cuda.jit(device=True)
-def open_item(cursor, plan):
-    """The cursor at the beginning of the item that cursor[ITEM] names, in its matrix or, past the
-    items of that, in the next: so the thread blocks that one matrix leaves without work are the
-    first to get some of the next."""
-    kind = cursor[KIND]
-    while cursor[MATRICES] > 0 and cursor[ITEM] >= plan[kind * 6 + ITEMS]:
-        cursor[ITEM] -= plan[kind * 6 + ITEMS]
-        cursor[BASE] += plan[kind * 6 + SIZE]
-        cursor[MATRICES] -= 1
-        kind = LM_HEAD if cursor[MATRICES] == 1 else (kind + 1) & 3
-    cursor[KIND] = kind
-    if cursor[MATRICES] > 0:
-        lane, warp = cuda.threadIdx.x % WARP, cuda.threadIdx.x // WARP
-        K, group, part = plan[kind * 6 + K_SIZE], cursor[ITEM], 0
-        cursor[LEFT] = plan[kind * 6 + STEPS]
-        if plan[kind * 6 + SHARED]:
-            group, part = group >> PARTS_BITS, group & (PARTS - 1)
-        row = group * (32 if kind == GATE_UP else 64) + lane // 4
-        # the warps share 8 chunks of 32 along K at a time: then all of them together read long
-        # pieces of a row, which is what memory likes
-        cursor[AT] = (cursor[BASE] + row * K + part * cursor[LEFT] * UNIT_K + warp * 32
-                      + lane % 4 * 8)
-
-
-@cuda.jit(device=True)
-def start_step(ring, place, cursor, plan, weights):
-    """Starts the copies of this warp's next step into its place in the ring. After the last step
-    of all an empty group, so that as many as ever are under way."""
-    if cursor[LEFT] == 0 and cursor[MATRICES] > 0:
-        cursor[ITEM] += cuda.gridDim.x
-        open_item(cursor, plan)
-    if cursor[LEFT] > 0:
-        row_size = plan[cursor[KIND] * 6 + K_SIZE]
-        for tile in range(4):
-            for half in range(2):
-                at = cursor[AT] + (tile % 2 * 16 + half * 8) * row_size
-                if tile >= 2:
-                    at += plan[cursor[KIND] * 6 + TO_FAR]
-                stream_async(ring, place + (tile * 2 + half) * WARP * 4, weights, at)
-        cursor[AT] += UNIT_K
-        cursor[LEFT] -= 1
-    copies_commit()
-
-
-def make_forward_decode(D, MMAS_T):
-    """The kernel for one head_dim and up to 8 * MMAS_T tokens."""
-    attend_splits = ATTEND_SPLITS[D]
-    NUM_THREADS = WARP * PERSISTENT_WARPS
-    ACCUMULATORS = 4 * MMAS_T * 4
-    AHEAD = 8 // MMAS_T                                # steps whose x is loaded at once
-    X_WORDS, STEP_X_WORDS = AHEAD * MMAS_T * 4, MMAS_T * 4
-    TILES_A_ROUND = min(4, 8 // MMAS_T)                # tiles of 16 rows with room in SUM_WORDS
-    TILE_SUMS = MMAS_T * 4 * WARP                      # of one warp
-    SUMS_A_THREAD = ceil_div(TILE_SUMS, NUM_THREADS)
-    TOTALS, PARTS_8, PARTS_4 = 4 * SUMS_A_THREAD, PARTS * 8, PARTS * 4
+def make_attend_stages(D):
+    """Decode attention out of the ring: the device function for one head_dim."""
+    add_scores, join_warps = make_attention_sums(D)
+    KEYS = keys_of_stage(D)
+    TILES, CHUNKS = KEYS // 16, D // 8                 # of a stage; 16-byte pieces of a token
+    Q_WORDS, OUTS = D // 16 * 4, D // 8 * 4
+    FRESH = ceil_div(2 * CHUNKS, WARP)
+    FRESH_WORDS = FRESH * 4
 
     @cuda.jit(device=True)
-    def norm_tokens(shared_words, h, x, parts, embed, tokens, norms, n, eps):
+    def place_of(row, chunk, values, box):
+        """Words from the beginning of a stage to a piece of a token's key or value: boxes lie one
+        behind another, in each the keys and then the values of `box` tokens, a power of two."""
+        line = (row & -box) * 2 + values * box + (row & (box - 1))
+        return chunk // 8 * (KEYS * 64) + line * 32 + ((chunk ^ line) & 7) * 4
+
+    @cuda.jit(device=True)
+    def load_queries(q, qkv, b, g, R, G):
+        """R heads as an A fragment, with zeros for the rows past them."""
+        lane, heads = cuda.threadIdx.x % WARP, R * G + 2 * G
+        for half in range(2):
+            r = lane // 4 + half * 8
+            at = (b * heads + g * R + min(r, R - 1)) * D + lane % 4 * 2
+            for i in range(CHUNKS):
+                q[i // 2 * 4 + i % 2 * 2 + half] = uint32(0)
+                if r < R:
+                    q[i // 2 * 4 + i % 2 * 2 + half] = load_word(qkv, at + i * 8)
+
+    @cuda.jit(device=True)
+    def load_fresh(fresh, k_cache, v_cache, slot, g):
+        """Key and value that this step wrote."""
+        lane, G = cuda.threadIdx.x % WARP, k_cache.shape[2]
+        at = (slot * G + g) * D
+        for i in range(FRESH):
+            piece = lane + i * WARP
+            if piece < CHUNKS:
+                load_16_bytes(fresh, i * 4, k_cache, at + piece * 8)
+            elif piece < 2 * CHUNKS:
+                load_16_bytes(fresh, i * 4, v_cache, at + (piece - CHUNKS) * 8)
+
+    @cuda.jit(device=True)
+    def patch_tile(ring, at, row, box, fresh, words):
+        """Puts this step's key and value into their row of a tile, and zeros where values of the
+        tile's tokens past them will be: whatever lies there, NaN too, meets a weight of 0."""
+        lane = cuda.threadIdx.x % WARP
+        for i in range(FRESH):
+            piece = lane + i * WARP
+            if piece < CHUNKS:
+                store_shared(ring, at + place_of(row, piece, 0, box), fresh, i * 4)
+            elif piece < 2 * CHUNKS:
+                store_shared(ring, at + place_of(row, piece - CHUNKS, 1, box), fresh, i * 4)
+        for i in range(4):
+            words[i] = uint32(0)
+        for i in range(lane, (15 - (row & 15)) * CHUNKS, WARP):
+            store_shared(ring, at + place_of(row + 1 + i // CHUNKS, i % CHUNKS, 1, box), words, 0)
+        fence_shared()                     # before the copy engine fills this place again
+        meet_warp()
+
+    @cuda.jit(device=True)
+    def add_tile(acc, m, l, q, ring, at, row, box, x, p, words, R, first, end, scale,
+                 like):
+        """16 keys, from `row` of a stage on, and their values."""
+        lane = cuda.threadIdx.x % WARP
+        for i in range(8):
+            x[i] = ZERO
+        for step in range(D // 16):                            # x (16 heads, 16 keys) = q @ k.T
+            load_matrices(words, 0, ring, at + place_of(row + lane // 16 * 8 + lane % 8,
+                                                        step * 2 + lane // 8 % 2, 0, box))
+            mma(x, 0, q, step * 4, words, 0, like)
+            mma(x, 4, q, step * 4, words, 2, like)
+        add_scores(acc, m, l, x, p, R, first, end, scale, like)
+        for pair in range(D // 16):                            # acc (16 heads, D) += p @ v
+            load_matrices_transposed(words, 0, ring, at + place_of(
+                row + lane % 16, pair * 2 + lane // 16, 1, box))
+            mma(acc, pair * 8, p, 0, words, 0, like)
+            mma(acc, pair * 8 + 4, p, 0, words, 2, like)
+
+    @cuda.jit(device=True)
+    def store_sums(sums, base, acc, m, l, R, scale):
+        """sums[base:] as (warp, r, D+2): channels, then m and l."""
+        lane, warp = cuda.threadIdx.x % WARP, cuda.threadIdx.x // WARP
+        for half in range(2):
+            total = l[half] + shuffle_xor(l[half], 1)
+            total += shuffle_xor(total, 2)
+            r = lane // 4 + half * 8
+            if r < R:
+                at = base + (warp * R + r) * (D + 2)
+                for n in range(D // 8):
+                    for i in range(2):
+                        sums[at + n * 8 + lane % 4 * 2 + i] = acc[n * 4 + half * 2 + i]
+                sums[at + D], sums[at + D + 1] = m[half] * scale, total
+
+    @cuda.jit(device=True)
+    def open_item(item, turn, b, key, S, G):
+        """Request, first key, length, split and KV head of an item, from the lane that has it."""
+        turn, j = uint32(turn), int64(divide(uint32(item), uint32(G)))
+        return (int64(shuffle(uint32(b), turn)), int64(shuffle(uint32(key), turn)),
+                int64(shuffle(uint32(S), turn)), j, item - j * G)
+
+    @cuda.jit(device=True)
+    def attend_stages(out, partial, sums, ring, first, stage, stages, parity, barriers, item, b,
+                      key, S, qkv, k_cache, v_cache, slots, rows, seq_lens, splits):
+        """Attention of this thread block's items, whose contexts stream_context brings; in b, key
+        and S each lane has one of the first 32, as stream_context has. All warps work on an item, a
+        warp on every DECODE_WARPS-th tile of 16 keys; each warp waits for each stage and gives it
+        back, for the ring has one order."""
+        q = cuda.local.array(Q_WORDS, uint32)
+        fresh = cuda.local.array(FRESH_WORDS, uint32)
+        words = cuda.local.array(4, uint32)
+        x = cuda.local.array(8, float32)
+        p = cuda.local.array(4, uint32)
+        acc = cuda.local.array(OUTS, float32)
+        m = cuda.local.array(2, float32)
+        l = cuda.local.array(2, float32)
+        lane, warp, stride = cuda.threadIdx.x % WARP, cuda.threadIdx.x // WARP, cuda.gridDim.x
+        scale, G, H = LOG2E / math.sqrt(float32(D)), k_cache.shape[2], out.shape[1]
+        R, box, turn = int64(divide(uint32(H), uint32(G))), min(k_cache.shape[1], KEYS), 0
+        items = int64(load_word(splits, seq_lens.shape[0])) * G
+        slot, base = load_word(slots, b), int64(0)
+        request, k, length, j, g = open_item(item, turn, b, key, S, G)
+        if item < items:
+            load_queries(q, qkv, request, g, R, G)
+            load_fresh(fresh, k_cache, v_cache, int64(shuffle(slot, uint32(turn))), g)
+        while item < items:
+            end = min(k + SPLIT, length)
+            for half in range(2):
+                m[half], l[half] = NEG_INF, ZERO
+            for i in range(OUTS):
+                acc[i] = ZERO
+            tile = 0
+            while k < end:
+                await_barrier(barriers, stage, parity)
+                own = (warp - tile) & (DECODE_WARPS - 1)       # this warp's tile of the stage
+                tile_key, at = k + own * 16, first + stage * STAGE_WORDS
+                if own < TILES and tile_key < end:
+                    if tile_key + 16 >= length:
+                        patch_tile(ring, at, own * 16 + length - 1 - tile_key, box, fresh, words)
+                    add_tile(acc, m, l, q, ring, at, own * 16, box, x, p, words, R, tile_key, end,
+                             scale, out)
+                meet_warp()                # else a stage is given back that a lane still reads
+                if lane == 0:
+                    barrier_arrive(barriers, EMPTY + stage)
+                stage, parity = next_stage(stage, parity, stages)
+                k += KEYS
+                tile += TILES
+            item += stride
+            turn += 1
+            if turn == WARP:
+                turn = 0
+                b, _, key, S = locate(item + lane * stride, G, seq_lens, splits, rows, SPLIT)
+                slot = load_word(slots, b)
+            done, done_j, done_g, only = request, j, g, length <= SPLIT
+            request, k, length, j, g = open_item(item, turn, b, key, S, G)
+            if item < items:               # on their way during the join
+                load_queries(q, qkv, request, g, R, G)
+                load_fresh(fresh, k_cache, v_cache, int64(shuffle(slot, uint32(turn))), g)
+            store_sums(sums, base, acc, m, l, R, scale)
+            meet(WARP * DECODE_WARPS)      # else a warp's sums are read before they are written
+            join_warps(out, partial, sums, base, done, done_g, done_j, R, only)
+            # sums have two places: before this one is used again, all have met for the next item
+            base = DECODE_WARPS * R * (D + 2) - base
+        return item - items, stage, parity
+    return attend_stages
+
+
+def x_steps_of(N):
+    """Steps along K whose tokens come with one copy."""
+    return max(1, min(4, 128 // N))
+
+
+def make_forward_decode(D, N):
+    """The kernel for one head_dim and up to N tokens."""
+    attend_stages, (wgmma, wgmma_wait) = make_attend_stages(D), WGMMA[min(N, 128)]
+    KEYS, ACCUMULATORS = keys_of_stage(D), min(N, 128) // 2
+    X_STEPS = x_steps_of(N)
+    SLOT_WORDS = X_STEPS * N * 32                      # X_STEPS times 64 elements of each token
+    PARTS_8, PARTS_4, WARPS = MAX_PARTS * 8, MAX_PARTS * 4, CONSUMERS // WARP
+
+    @cuda.jit(device=True)
+    def norm_tokens(shared_words, h, x, parts, num_parts, embed, tokens, norms, n, eps):
         """x += the matmul that was left in parts, or x = the embedding; h = rmsnorm(x) * norms[n].
         A thread block takes every gridDim.x-th token, a thread 8 channels at once. shared_words
         holds the token, C/2 words, then the gains; each thread reads only what it wrote."""
@@ -2914,19 +3456,21 @@ def make_forward_decode(D, MMAS_T):
         B, C = x.shape
         for b in range(cuda.blockIdx.x, B, cuda.gridDim.x):
             squares = ZERO
-            for c in range(cuda.threadIdx.x * 8, C, NUM_THREADS * 8):
+            for c in range(cuda.threadIdx.x * 8, C, CONSUMERS * 8):
                 load_16_bytes(gains, 0, norms, n * C + c)
                 store_shared(shared_words, (C + c) // 2, gains, 0)
                 if n == 0:
                     load_16_bytes(words, 0, embed, int64(load_word(tokens, b)) * C + c)
                 else:
                     load_16_bytes(words, 0, x, b * C + c)
-                    for p in range(PARTS):
-                        load_4_floats(terms, p * 8, parts, (p * B + b) * C + c)
-                        load_4_floats(terms, p * 8 + 4, parts, (p * B + b) * C + c + 4)
-                    for p in range(1, PARTS):
-                        for i in range(8):
-                            terms[i] += terms[p * 8 + i]
+                    for p in range(MAX_PARTS):
+                        if p < num_parts:
+                            load_4_floats(terms, p * 8, parts, (p * B + b) * C + c)
+                            load_4_floats(terms, p * 8 + 4, parts, (p * B + b) * C + c + 4)
+                    for p in range(1, MAX_PARTS):
+                        if p < num_parts:
+                            for i in range(8):
+                                terms[i] += terms[p * 8 + i]
                     for i in range(4):
                         # subtle: the product is an element before it is added, as in every rung
                         delta = pack(terms[2 * i], terms[2 * i + 1], x)
@@ -2937,8 +3481,8 @@ def make_forward_decode(D, MMAS_T):
                     squares += low * low + high * high
                 store_16_bytes(x, b * C + c, words, 0)
                 store_shared(shared_words, c // 2, words, 0)
-            scale = inverse_sqrt(block_sum(squares) / float32(C) + eps)
-            for c in range(cuda.threadIdx.x * 8, C, NUM_THREADS * 8):
+            scale = inverse_sqrt(block_sum(squares, CONSUMERS) / float32(C) + eps)
+            for c in range(cuda.threadIdx.x * 8, C, CONSUMERS * 8):
                 load_shared(words, 0, shared_words, c // 2)
                 load_shared(gains, 0, shared_words, (C + c) // 2)
                 for i in range(4):
@@ -2949,273 +3493,324 @@ def make_forward_decode(D, MMAS_T):
                 store_16_bytes(h, b * C + c, words, 0)
 
     @cuda.jit(device=True)
-    def rotate_heads(qkv, k_cache, v_cache, parts, cos, sin, positions, slots):
+    def rotate_heads(qkv, k_cache, v_cache, parts, num_parts, cos, sin, positions, slots):
         """The heads of q, k and v from parts: q and k rotated; q to qkv, k and v to their blocks. A
-        warp takes a head of a token, a lane two channels of each half of it."""
+        thread takes two channels of each half of a head."""
         terms = cuda.local.array(PARTS_4, float32)
         turns = cuda.local.array(4, float32)
-        lane, warp = cuda.threadIdx.x % WARP, cuda.threadIdx.x // WARP
         B, heads, G = qkv.shape[0], qkv.shape[1], k_cache.shape[2]
-        for item in range(warp * cuda.gridDim.x + cuda.blockIdx.x, B * heads,
-                          PERSISTENT_WARPS * cuda.gridDim.x):
-            b = int64(divide(uint32(item), uint32(heads)))
+        for unit in range(cuda.blockIdx.x * CONSUMERS + cuda.threadIdx.x, B * heads * (D // 4),
+                          CONSUMERS * cuda.gridDim.x):
+            item = int64(divide(uint32(unit), uint32(D // 4)))
+            b, i = int64(divide(uint32(item), uint32(heads))), (unit - item * (D // 4)) * 2
             head, slot = item - b * heads, int64(load_word(slots, b)) * G
             position = int64(load_word(positions, b)) * (D // 2)
-            for i in range(lane * 2, D // 2, WARP * 2):
-                for p in range(PARTS):
+            for p in range(MAX_PARTS):
+                if p < num_parts:
                     at = (p * B * heads + item) * D + i
                     load_2_floats(terms, p * 4, parts, at)
                     load_2_floats(terms, p * 4 + 2, parts, at + D // 2)
-                load_2_floats(turns, 0, cos, position + i)
-                load_2_floats(turns, 2, sin, position + i)
-                for p in range(1, PARTS):
+            load_2_floats(turns, 0, cos, position + i)
+            load_2_floats(turns, 2, sin, position + i)
+            for p in range(1, MAX_PARTS):
+                if p < num_parts:
                     for n in range(4):
                         terms[n] += terms[p * 4 + n]
-                # subtle: an element before it is rotated, as in every rung
-                one, two = pack(terms[0], terms[1], qkv), pack(terms[2], terms[3], qkv)
-                if head < heads - G:
-                    low, low_1 = low_element(one, qkv), high_element(one, qkv)
-                    high, high_1 = low_element(two, qkv), high_element(two, qkv)
-                    one = pack(low * turns[0] - high * turns[2],
-                               low_1 * turns[1] - high_1 * turns[3], qkv)
-                    two = pack(high * turns[0] + low * turns[2],
-                               high_1 * turns[1] + low_1 * turns[3], qkv)
-                if head < heads - 2 * G:
-                    store_word(qkv, item * D + i, one)
-                    store_word(qkv, item * D + D // 2 + i, two)
-                elif head < heads - G:
-                    at = (slot + head - (heads - 2 * G)) * D + i
-                    store_word(k_cache, at, one)
-                    store_word(k_cache, at + D // 2, two)
+            # subtle: an element before it is rotated, as in every rung
+            one, two = pack(terms[0], terms[1], qkv), pack(terms[2], terms[3], qkv)
+            if head < heads - G:
+                low, low_1 = low_element(one, qkv), high_element(one, qkv)
+                high, high_1 = low_element(two, qkv), high_element(two, qkv)
+                one = pack(low * turns[0] - high * turns[2], low_1 * turns[1] - high_1 * turns[3],
+                           qkv)
+                two = pack(high * turns[0] + low * turns[2], high_1 * turns[1] + low_1 * turns[3],
+                           qkv)
+            if head < heads - 2 * G:
+                store_word(qkv, item * D + i, one)
+                store_word(qkv, item * D + D // 2 + i, two)
+            elif head < heads - G:
+                at = (slot + head - (heads - 2 * G)) * D + i
+                store_word(k_cache, at, one)
+                store_word(k_cache, at + D // 2, two)
+            else:
+                at = (slot + head - (heads - G)) * D + i
+                store_word(v_cache, at, one)
+                store_word(v_cache, at + D // 2, two)
+
+    @cuda.jit(device=True)
+    def store_tile(acc, first_token, kind, tile, part, num_rows, B, parts, act, logits):
+        """Sums of a tile to where the next operation reads them: parts, act and logits are flat, of
+        shapes (parts, B, num_rows), (B, num_rows / 2) and (B, num_rows). A thread holds two rows
+        that are 8 apart, in a tile of gate and up rows a gate and its up."""
+        lane, warp, b = cuda.threadIdx.x % WARP, cuda.threadIdx.x // WARP, first_token
+        if kind == GATE_UP:
+            # lanes 4 apart hold neighbouring channels: one of them takes both for one token, the
+            # other for the next, so that each stores a whole word
+            odd = lane // 4 % 2
+            channel = tile * (TILE_ROWS // 2) + warp * 8 + lane // 4 - odd
+            b += lane % 4 * 2 + odd
+            at, stride = b * (num_rows // 2) + channel, 4 * num_rows
+            for n in range(ACCUMULATORS // 4):
+                one = silu(acc[n * 4]) * acc[n * 4 + 2]
+                two = silu(acc[n * 4 + 1]) * acc[n * 4 + 3]
+                given = shuffle_xor(two if odd == 0 else one, 4)
+                if odd == 0:
+                    two = given
                 else:
-                    at = (slot + head - (heads - G)) * D + i
-                    store_word(v_cache, at, one)
-                    store_word(v_cache, at + D // 2, two)
+                    one, two = given, two
+                if b < B and channel < num_rows // 2:
+                    store_word(act, at, pack(one, two, act))
+                b += 8
+                at += stride
+        else:
+            row = tile * TILE_ROWS + warp * 16 + lane // 4
+            b += lane % 4 * 2
+            out, at, stride = parts, (part * B + b) * num_rows + row, 8 * num_rows
+            if kind == LM_HEAD:
+                out = logits
+            for n in range(ACCUMULATORS // 4):
+                for i in range(2):
+                    if b + i < B and row < num_rows:
+                        store_float(out, at + i * num_rows, acc[n * 4 + i])
+                        store_float(out, at + i * num_rows + 8, acc[n * 4 + 2 + i])
+                b += 8
+                at += stride
 
     @cuda.jit(device=True)
-    def load_x(x_words, source, K, k, steps):
-        """The x of the next steps: 8 elements of a token for each lane, as in a B fragment."""
-        B, lane = source.shape[0], cuda.threadIdx.x % WARP
-        for i in range(AHEAD):
-            for j in range(MMAS_T):
-                if i < steps:
-                    load_16_bytes(x_words, (i * MMAS_T + j) * 4, source,
-                                  min(j * 8 + lane // 4, B - 1) * K + k + i * UNIT_K)
-
-    @cuda.jit(device=True)
-    def store_x(ring, place, x_words):
-        for i in range(AHEAD * MMAS_T):
-            store_shared(ring, place + i * WARP * 4, x_words, i * 4)
-
-    @cuda.jit(device=True)
-    def multiply_step(acc, ring, place, x_place, words, x_words, a, like):
-        """acc (64 rows, tokens) += a step of weights (64 rows, 32) times its x (tokens, 32)."""
-        for j in range(MMAS_T):
-            load_shared(x_words, j * 4, ring, x_place + j * WARP * 4)
-        for tile in range(4):
-            for half in range(2):
-                load_shared(words, half * 4, ring, place + (tile * 2 + half) * WARP * 4)
-            for pair in range(2):
-                for w in range(2):
-                    a[w * 2], a[w * 2 + 1] = words[pair * 2 + w], words[4 + pair * 2 + w]
-                for j in range(MMAS_T):
-                    mma(acc, (tile * MMAS_T + j) * 4, a, 0, x_words, j * 4 + pair * 2, like)
-
-    @cuda.jit(device=True)
-    def add_warps(totals, acc, sums, first):
-        """totals[tile * SUMS_A_THREAD + i]: the sums of all warps, of a row tile from `first` on,
-        of element tid + i * NUM_THREADS of its (token tile, register, lane)."""
+    def consume(ring, sums, first, stages, num_slots, barriers, plan, acc, acc_far, flat_logits, x,
+                h, qkv, o, flat_act, kv_cache, parts, partial, arrivals, tokens, positions, slots,
+                rows, seq_lens, splits, cos, sin, embed, norms, eps):
+        """What the consumers do: all operations, between meetings of all thread blocks."""
         tid, lane, warp = cuda.threadIdx.x, cuda.threadIdx.x % WARP, cuda.threadIdx.x // WARP
-        for tile in range(TILES_A_ROUND):
-            for i in range(MMAS_T * 4):
-                sums[(warp * TILES_A_ROUND + tile) * TILE_SUMS + i * WARP + lane] = acc[
-                    (first + tile) * MMAS_T * 4 + i]
-        cuda.syncthreads()                 # else a sum is added that is not written yet
-        for tile in range(TILES_A_ROUND):
-            for i in range(SUMS_A_THREAD):
-                total = ZERO
-                if tid + i * NUM_THREADS < TILE_SUMS:
-                    for w in range(PERSISTENT_WARPS):
-                        total += sums[(w * TILES_A_ROUND + tile) * TILE_SUMS + tid
-                                      + i * NUM_THREADS]
-                totals[(first + tile) * SUMS_A_THREAD + i] = total
-        cuda.syncthreads()                 # else the next sums overwrite what a slow thread reads
+        B, H, G, num_matrices = x.shape[0], o.shape[1], kv_cache.shape[4], kv_cache.shape[1] * 4 + 1
+        a_rows = first + warp // 4 * 64 * 32               # of this warpgroup, in stage 0
+        first_slot, used_stage, used_slot = first + stages * STAGE_WORDS, 0, 0
+        item, stage, parity, slot, slot_parity = cuda.blockIdx.x, 0, uint32(0), 0, uint32(0)
+        for matrix in range(num_matrices):
+            kind, layer = kind_of(matrix, num_matrices), matrix >> 2
+            meeting = layer * MEETINGS
+            if kind == O:
+                gather(arrivals, meeting + QKV_MADE)
+                k_cache, v_cache = kv_cache[0, layer], kv_cache[1, layer]
+                rotate_heads(qkv, k_cache, v_cache, parts, plan[QKV, PARTS], cos, sin, positions,
+                             slots)
+                arrive(arrivals, meeting + ROTATED)
+                b, _, key, S = locate(item + lane * cuda.gridDim.x, G, seq_lens, splits, rows,
+                                      SPLIT)
+                gather(arrivals, meeting + ROTATED)
+                item, stage, parity = attend_stages(
+                    o, partial, sums, ring, first, stage, stages, parity, barriers, item, b, key, S,
+                    qkv, k_cache, v_cache, slots, rows, seq_lens, splits)
+                if splits[B] > B:          # some context has several splits
+                    arrive(arrivals, meeting + SPLITS_ATTENDED)
+                    gather(arrivals, meeting + SPLITS_ATTENDED)
+                    for pair in range(warp * cuda.gridDim.x + cuda.blockIdx.x, B * H,
+                                      WARPS * cuda.gridDim.x):
+                        b = int64(divide(uint32(pair), uint32(H)))
+                        if splits[b + 1] - splits[b] > 1:
+                            merge_head(o, partial, splits, b, pair - b * H, lane, WARP)
+                arrive(arrivals, meeting + ATTENDED)
+                made = meeting + O_MADE
+            elif kind == DOWN:
+                made = meeting + DOWN_MADE
+            else:
+                normed, before, made = meeting + NORMED, DOWN, meeting + QKV_MADE
+                if kind == GATE_UP:
+                    normed, before, made = meeting + NORMED_AGAIN, O, meeting + ACTIVATED
+                if matrix > 0:
+                    gather(arrivals, normed - 1)
+                norm_tokens(ring, h, x, parts, plan[before, PARTS], embed, tokens, norms,
+                            (matrix + 1) >> 1, eps)
+                arrive(arrivals, normed)
+            steps = plan[kind, STEPS]
+            while item < plan[kind, ITEMS]:
+                for i in range(ACCUMULATORS):
+                    acc[i], acc_far[i] = ZERO, ZERO
+                for chunk in range(0, steps, X_STEPS):
+                    await_barrier(barriers, SLOT_FULL + slot, slot_parity)
+                    for step in range(min(X_STEPS, steps - chunk)):
+                        await_barrier(barriers, stage, parity)
+                        rows_at = a_rows + stage * STAGE_WORDS
+                        tokens_at = first_slot + slot * SLOT_WORDS + step * (N * 32)
+                        wgmma(acc, 0, ring, rows_at, ring, tokens_at, h)
+                        if N > 128:
+                            wgmma(acc_far, 0, ring, rows_at, ring, tokens_at + 128 * 32, h)
+                        if lane == 0 and chunk + step > 0:     # of the step before, which is done
+                            barrier_arrive(barriers, EMPTY + used_stage)
+                            if step == 0:
+                                barrier_arrive(barriers, SLOT_EMPTY + used_slot)
+                        used_stage = stage
+                        stage, parity = next_stage(stage, parity, stages)
+                    used_slot = slot
+                    slot, slot_parity = next_stage(slot, slot_parity, num_slots)
+                wgmma_wait(acc, 0)
+                if N > 128:
+                    wgmma_wait(acc_far, 0)
+                if lane == 0:
+                    barrier_arrive(barriers, EMPTY + used_stage)
+                    barrier_arrive(barriers, SLOT_EMPTY + used_slot)
+                tile = int64(divide(uint32(item), uint32(plan[kind, PARTS])))
+                part = item - tile * plan[kind, PARTS]
+                store_tile(acc, 0, kind, tile, part, plan[kind, ROWS], B, parts, flat_act,
+                           flat_logits)
+                if N > 128:
+                    store_tile(acc_far, 128, kind, tile, part, plan[kind, ROWS], B, parts, flat_act,
+                               flat_logits)
+                item += cuda.gridDim.x
+            item -= plan[kind, ITEMS]
+            if matrix + 1 < num_matrices:
+                arrive(arrivals, made)
 
-    @cuda.jit(device=True)
-    def store_item(totals, kind, group, part, parts, act, logits, N):
-        """Results of 64 rows to where the next operation reads them; parts is flat, of shape
-        (PARTS, B, N)."""
-        tid, B = cuda.threadIdx.x, logits.shape[0]
-        for i in range(SUMS_A_THREAD):
-            e = tid + i * NUM_THREADS
-            # as mma leaves them: lane l has tokens 2*(l%4) and the next, of rows l//4 and l//4 + 8
-            lane, register = e % WARP, e // WARP % 4
-            b = e // (4 * WARP) * 8 + lane % 4 * 2 + register % 2
-            row = lane // 4 + register // 2 * 8
-            if e < TILE_SUMS and b < B:
-                for tile in range(4):
-                    total = totals[tile * SUMS_A_THREAD + i]
-                    n = group * 64 + tile * 16 + row
-                    if kind == LM_HEAD:
-                        logits[b, n] = total
-                    elif kind != GATE_UP:
-                        parts[(part * B + b) * N + n] = total
-                    elif tile < 2:
-                        up = totals[(tile + 2) * SUMS_A_THREAD + i]
-                        act[b, group * 32 + tile * 16 + row] = narrow(silu(total) * up, act)
-
-    @cuda.jit(cache=True)
-    def forward_decode_kernel(logits, x, h, qkv, o, flat_o, act, k_cache, v_cache, parts, partial,
+    @cuda.jit(cache=True, **THREE_WARPGROUPS)
+    def forward_decode_kernel(flat_logits, x, h, qkv, o, flat_act, kv_cache, parts, partial,
                               arrivals, tokens, positions, slots, rows, seq_lens, splits,
-                              block_tables, cos, sin, embed, norms, matrices, eps):
+                              block_tables, cos, sin, embed, norms, plan, maps, stages, num_slots,
+                              sum_words, eps):
         """logits of one token for each request: embedding, all layers, norm and lm_head
 
-        logits           (B, V)               f32        written
+        flat_logits      (B*V,)               f32        written
         x, h             (B, C)               f16 bf16   written: residual stream, normed
         qkv              (B, H+2G, D)         as x       q written
-        o, act           (B, H, D), (B, F)    as x       written; flat_o is o as (B, H*D)
-        k_cache, v_cache (L, blocks, P, G, D) as x       a slot for each token written, context read
-        parts            (PARTS*B*N,)         f32        workspace: sums of a matmul, N its rows
+        o, flat_act      (B, H, D), (B*F,)    as x       written
+        kv_cache   (2, L, blocks, P, G, D)    as x       a slot for each token written, context read
+        parts            (parts_size,)        f32        workspace: parts of a matmul's sums
         partial          (J, H, D+2)          f32        workspace of contexts of several splits
-        arrivals         (1,)                 u32        0 before and after
+        arrivals         (9L+2,)              u32        0 before and after: thread blocks that came
+                                                         to each meeting, and that left
         tokens, positions, slots, rows, seq_lens (B,), splits (B+1+J,), block_tables   i32   read
         cos, sin         (positions, D/2)     f32        read
         embed            (V, C)               as x       B rows read
-        norms, matrices  (2L+1, C), (all,)    as x       read once
+        norms            (2L+1, C)            as x       read
+        plan, maps       (5, 4) i32, (8, 16) u64         read: see decode_plan, decode_maps
         launch grid of one thread block for each multiprocessor, all there at once; thread block of
-               PERSISTENT_WARPS warps
-        shared PERSISTENT_SHARED bytes: x, then sums of the warps, and their rings of weights; and
-               384 for the plan and block_sum
+               CONSUMERS threads and two warps
+        shared sum_words, then 1 KB to align, `stages` of STAGE_WORDS and num_slots of SLOT_WORDS
         moves  E*W + 2*L*B*S*G*D*E bytes, does 2*B*W + 4*L*B*H*S*D flops: bandwidth-bound
-        needs  see fits_persistent; shared memory as Hopper has it, sm_80
+        needs  see fits_persistent, sm_90a
         twin   forward_decode_ref      source  Megakernels (Hazy Research, 2025)
         """
         sums = cuda.shared.array(0, float32)
         ring = cuda.shared.array(0, uint32)
-        plan = cuda.shared.array(32, int64)
-        cursor = cuda.local.array(6, int64)
+        barriers = cuda.shared.array(NUM_BARRIERS, uint64)
         acc = cuda.local.array(ACCUMULATORS, float32)
-        x_words = cuda.local.array(X_WORDS, uint32)
-        step_x = cuda.local.array(STEP_X_WORDS, uint32)
-        words = cuda.local.array(8, uint32)
-        a = cuda.local.array(4, uint32)
-        totals = cuda.local.array(TOTALS, float32)
-        tid, lane, warp = cuda.threadIdx.x, cuda.threadIdx.x % WARP, cuda.threadIdx.x // WARP
-        (B, C), F = x.shape, act.shape[1]
-        H, G = o.shape[1], k_cache.shape[3]
-        heads, num_matrices = H + 2 * G, k_cache.shape[0] * 4 + 1
+        acc_far = cuda.local.array(ACCUMULATORS, float32)  # of tokens from 128 on
+        tid, num_matrices = cuda.threadIdx.x, kv_cache.shape[1] * 4 + 1
+        # subtle: the order of the pieces in a box comes from the address, so a stage begins at a
+        # multiple of 1024 bytes
+        first = sum_words + ((1024 - (shared_address(ring, sum_words) & 1023)) & 1023) // 4
         if tid == 0:
-            make_plan(plan, C, H * D, heads * D, F, logits.shape[1])
-        cuda.syncthreads()                 # else a thread reads the plan before it is made
+            for stage in range(stages):
+                barrier_init(barriers, stage, uint32(1))
+                barrier_init(barriers, EMPTY + stage, uint32(CONSUMERS // WARP))
+            for slot in range(num_slots):
+                barrier_init(barriers, SLOT_FULL + slot, uint32(1))
+                barrier_init(barriers, SLOT_EMPTY + slot, uint32(CONSUMERS // WARP))
+            barriers_ready()
+        cuda.syncthreads()                 # else a thread uses a barrier that is not there yet
         start_next_kernel()
-        # this warp's steps lie from here on: a lane reads what it copied, nobody else does
-        first_place = SUM_WORDS + (warp * RING_STEPS * STEP_VECTORS * WARP + lane) * 4
-        x_place = (warp * 8 * WARP + lane) * 4     # and its x where later the sums are
-        cursor[MATRICES], cursor[KIND], cursor[BASE] = num_matrices, QKV, 0
-        cursor[ITEM], cursor[LEFT] = cuda.blockIdx.x, 0
-        open_item(cursor, plan)
-        for step in range(RING_STEPS):
-            start_step(ring, first_place + step * STEP_WORDS, cursor, plan, matrices)
-        wait_for_inputs()                  # weights are on their way, and were there before
-
-        goal, turn, item, kind = uint32(cuda.gridDim.x), 0, int64(cuda.blockIdx.x), QKV
-        for matrix in range(num_matrices):
-            if matrix + 1 == num_matrices:
-                kind = LM_HEAD
-            if kind == O:
-                layer = matrix >> 2
-                rotate_heads(qkv, k_cache[layer], v_cache[layer], parts, cos, sin, positions, slots)
-                b, row, first, S = locate(cuda.blockIdx.x, G, seq_lens, splits, rows, SPLIT)
-                goal = meet_thread_blocks(arrivals, goal)
-                attend_splits(o, partial, sums, qkv, k_cache[layer], v_cache[layer], block_tables,
-                              rows, seq_lens, splits, SPLIT, b, row, first, S)
-                goal = meet_thread_blocks(arrivals, goal)
-                if splits[B] > B:          # some context has several splits
-                    for pair in range(warp * cuda.gridDim.x + cuda.blockIdx.x, B * H,
-                                      PERSISTENT_WARPS * cuda.gridDim.x):
-                        b = int64(divide(uint32(pair), uint32(H)))
-                        if splits[b + 1] - splits[b] > 1:
-                            merge_head(o, partial, splits, b, pair - b * H, lane, WARP)
-                    goal = meet_thread_blocks(arrivals, goal)
-            elif kind != DOWN:
-                norm_tokens(ring, h, x, parts, embed, tokens, norms, (matrix + 1) >> 1, eps)
-                goal = meet_thread_blocks(arrivals, goal)
-
-            source = flat_o if kind == O else act if kind == DOWN else h
-            K, steps = plan[kind * 6 + K_SIZE], plan[kind * 6 + STEPS]
-            while item < plan[kind * 6 + ITEMS]:
-                group, part = item, 0
-                if plan[kind * 6 + SHARED]:
-                    group, part = item >> PARTS_BITS, item & (PARTS - 1)
-                for i in range(ACCUMULATORS):
-                    acc[i] = ZERO
-                k = part * steps * UNIT_K + warp * 32 + lane % 4 * 8
-                load_x(x_words, source, K, k, steps)
-                for first in range(0, steps, AHEAD):
-                    store_x(ring, x_place, x_words)
-                    left = steps - first
-                    if left > AHEAD:       # on their way while these steps are multiplied
-                        load_x(x_words, source, K, k + (first + AHEAD) * UNIT_K, left - AHEAD)
-                    for i in range(min(left, AHEAD)):
-                        place = first_place + turn * STEP_WORDS
-                        copies_wait_but_5()
-                        multiply_step(acc, ring, place, x_place + i * MMAS_T * WARP * 4, words,
-                                      step_x, a, h)
-                        start_step(ring, place, cursor, plan, matrices)
-                        turn = turn + 1 if turn + 1 < RING_STEPS else 0
-                cuda.syncthreads()         # else sums overwrite the x of a slow warp
-                add_warps(totals, acc, sums, 0)
-                if TILES_A_ROUND <= 2:     # written out: registers have no addresses
-                    add_warps(totals, acc, sums, 2)
-                if TILES_A_ROUND == 1:
-                    add_warps(totals, acc, sums, 1)
-                    add_warps(totals, acc, sums, 3)
-                store_item(totals, kind, group, part, parts, act, logits,
-                           heads * D if kind == QKV else C)
-                item += cuda.gridDim.x
-            item -= plan[kind * 6 + ITEMS]
-            kind = (kind + 1) & 3
-            if matrix + 1 < num_matrices:
-                goal = meet_thread_blocks(arrivals, goal)
-        leave_thread_blocks(arrivals, goal)
+        if tid < CONSUMERS:
+            many_registers()
+            wait_for_inputs()
+            consume(ring, sums, first, stages, num_slots, barriers, plan, acc, acc_far, flat_logits,
+                    x, h, qkv, o, flat_act, kv_cache, parts, partial, arrivals, tokens, positions,
+                    slots, rows, seq_lens, splits, cos, sin, embed, norms, eps)
+            # who leaves last, when nobody can be waiting any more, sets all counts back
+            last = arrivals.shape[0] - 1
+            if tid == 0 and add_acquire(arrivals, last, uint32(1)) == uint32(cuda.gridDim.x - 1):
+                for i in range(arrivals.shape[0]):
+                    arrivals[i] = 0
+        else:
+            few_registers()
+            if tid < CONSUMERS + WARP:     # weights were there before all other kernels
+                stream_weights(ring, first, stages, barriers, plan, maps, num_matrices, D, KEYS,
+                               kv_cache.shape[4], kv_cache.shape[3], block_tables, rows, seq_lens,
+                               splits)
+            elif tid == CONSUMERS + WARP:
+                wait_for_inputs()
+                stream_tokens(ring, first + stages * STAGE_WORDS, num_slots, SLOT_WORDS, X_STEPS,
+                              barriers, plan, maps, num_matrices, arrivals, kv_cache.shape[4],
+                              splits, x.shape[0])
     return forward_decode_kernel
 
 
-FORWARD_DECODE = {(D, mmas): make_forward_decode(D, mmas)
-                  for D in PAGED_DECODE for mmas in (1, 2, 4, 8)}
+FORWARD_DECODE = {(D, N): make_forward_decode(D, N) for D in PAGED_DECODE for N in DECODE_TOKENS}
+DECODE_TABLES = {}                         # plans and tensor maps, by the arrays they tell of
 
 
-def forward_decode(logits, x, h, qkv, o, act, k_cache, v_cache, parts, partial, arrivals, tokens,
+def decode_tables(h, o, act, kv_cache, matrices, shape, N):
+    """plan and maps of forward_decode on the device, made once for each place and shape."""
+    arrays = h, o, act, kv_cache, matrices
+    key = shape, N, *((address_of(array), array.shape) for array in arrays)
+    if key not in DECODE_TABLES:
+        H, G, D, C, F, V, L = shape
+        size, at, maps = layer_size(H, G, D, C, F), 0, []
+        for kind, (rows, K) in enumerate(shapes_of_layer(H, G, D, C, F)):
+            # 8 rows, then the 8 after them or, of a gate, its up; then the next
+            far, next_ = (F * K, 8 * K) if kind == GATE_UP else (8 * K, 16 * K)
+            maps.append(tensor_map(matrices[at:], (K, 8, 2, rows // 16, L),
+                                   (1, K, far, next_, size), (64, 8, 2, TILE_ROWS // 16, 1)))
+            at += rows * K
+        maps.append(tensor_map(matrices[L * size:], (C, 8, 2, V // 16, 1),
+                               (1, C, 8 * C, 16 * C, V * C), (64, 8, 2, TILE_ROWS // 16, 1)))
+        maps += [tensor_map(array, (64, len(array), K // 64), (1, K, 64), (64, N, x_steps_of(N)))
+                 for array, K in ((h, C), (o, H * D), (act, F))]
+        P, slots = kv_cache.shape[3], kv_cache.shape[2] * kv_cache.shape[3]
+        maps.append(tensor_map(kv_cache, (D, G, slots, L, 2),
+                               (1, D, G * D, slots * G * D, L * slots * G * D),
+                               (64, 1, min(P, keys_of_stage(D)), 1, 2)))
+        tables = decode_plan(H, G, D, C, F, V), np.array(maps, np.uint64)
+        DECODE_TABLES[key] = tables if SIMULATOR else tuple(map(cuda.to_device, tables))
+    return DECODE_TABLES[key]
+
+
+def forward_decode(logits, x, h, qkv, o, act, kv_cache, parts, partial, arrivals, tokens,
                    positions, slots, rows, seq_lens, splits, block_tables, cos, sin, embed, norms,
                    matrices, eps, stream=0):
     (B, V), C, (H, D), F = logits.shape, x.shape[1], o.shape[1:], act.shape[1]
-    L, _, _, G, _ = k_cache.shape
-    problem = fits_persistent(H, G, D, C, F, V)
+    _, L, _, P, G, _ = kv_cache.shape
+    problem = fits_persistent(H, G, D, C, F, V, P)
     assert problem is None, problem
-    assert B <= PERSISTENT_TOKENS, f"{B} tokens, expected at most {PERSISTENT_TOKENS}"
+    assert B <= MAX_DECODE_TOKENS, f"{B} tokens, expected at most {MAX_DECODE_TOKENS}"
     assert x.shape == h.shape == (B, C) and o.shape[0] == act.shape[0] == B, (x.shape, act.shape)
-    assert qkv.shape == (B, H + 2 * G, D) and v_cache.shape == k_cache.shape, qkv.shape
+    assert qkv.shape == (B, H + 2 * G, D) and len(kv_cache) == 2, (qkv.shape, kv_cache.shape)
     assert norms.shape == (2 * L + 1, C), norms.shape
     assert embed.shape == (V, C) and len(matrices) == L * layer_size(H, G, D, C, F) + V * C
-    assert parts.size >= PARTS * B * max(C, (H + 2 * G) * D) and partial.shape[1:] == (H, D + 2)
-    mmas = min(mmas for mmas in (1, 2, 4, 8) if mmas * 8 >= B)
+    assert parts.size >= parts_size(B, H, G, D, C, F) and partial.shape[1:] == (H, D + 2)
+    assert len(arrivals) == MEETINGS * L + 2, (arrivals.shape, L)
+    N = min(N for N in DECODE_TOKENS if N >= B)
+    plan, maps = decode_tables(h, o, act, kv_cache, matrices, (H, G, D, C, F, V, L), N)
+    sum_words = sum_words_of(H, G, D, C)
+    slot_words = x_steps_of(N) * N * 32
+    num_slots = min(MAX_SLOTS, max(3, SLOTS_WORDS // slot_words))
+    left = PERSISTENT_SHARED // 4 - sum_words - 256 - num_slots * slot_words
+    stages = min(MAX_STAGES, left // STAGE_WORDS)
     grid = 1 if SIMULATOR else cuda.get_current_device().MULTIPROCESSOR_COUNT
-    launch(FORWARD_DECODE[D, mmas], grid, WARP * PERSISTENT_WARPS, stream,
-           PERSISTENT_SHARED, logits, x, h, qkv, o, o.reshape(B, H * D), act,
-           k_cache, v_cache, parts, partial, arrivals, tokens, positions, slots, rows, seq_lens,
-           splits, block_tables, cos, sin, embed, norms, matrices, np.float32(eps))
+    threads = CONSUMERS + (2 if SIMULATOR else 4) * WARP       # a warpgroup has no half
+    launch(FORWARD_DECODE[D, N], grid, threads, stream, PERSISTENT_SHARED, logits.reshape(B * V), x,
+           h, qkv, o, act.reshape(B * F), kv_cache, parts, partial, arrivals, tokens, positions,
+           slots, rows, seq_lens, splits, block_tables, cos, sin, embed, norms, plan, maps,
+           np.int32(stages), np.int32(num_slots), np.int32(sum_words), np.float32(eps))
 
 
-def fits_persistent(H, G, D, C, F, V):
+def sum_words_of(H, G, D, C):
+    """Shared words for the sums of attention, and for a token and its gains in a norm."""
+    return max(2 * DECODE_WARPS * (H // G) * (D + 2), C)
+
+
+def fits_persistent(H, G, D, C, F, V, P):
     """None if a decode step of these shapes can be one kernel, otherwise why not."""
-    R, unit = H // G, PARTS * UNIT_K
+    keys = keys_of_stage(D)
     for name, value in (("hidden_size", C), ("heads * head_dim", H * D), ("intermediate_size", F)):
-        if value % unit:
-            return f"{name} {value} is no multiple of {unit}"
-    if V % 64 or C > SUM_WORDS:
-        return f"vocab_size {V} is no multiple of 64, or hidden_size {C} is above {SUM_WORDS}"
-    if D not in PAGED_DECODE or R > 16 or DECODE_WARPS * R * (D + 2) > SUM_WORDS:
-        return f"head_dim {D} with {R} query heads for a KV head leaves no room for their sums"
+        if value % 64:
+            return f"{name} {value} is no multiple of 64"
+    if V % 16:
+        return f"vocab_size {V} is no multiple of 16"
+    if keys % P and P % keys:
+        return f"block_size {P} is neither a part nor a multiple of {keys}"
+    if (D not in PAGED_DECODE or keys * D > STAGE_WORDS or H // G > 16
+            or sum_words_of(H, G, D, C) > SUM_WORDS):
+        return (f"hidden_size {C}, or head_dim {D} with {H // G} query heads for a KV head, leaves "
+                "no room in shared memory")
     return None
 
 
@@ -3363,7 +3958,7 @@ def forward_decode_example(rng, elements, L, H, G, D, C, F, V, P, contexts):
     _, _, k_cache, v_cache, tables, rows, _, seq_lens, splits, partial = attention_example(
         rng, lambda a: a, H, G, D, P, contexts, (1,) * B)
     # a cache for each layer, the layers before upside down; the new token's slot is unwritten
-    caches = [np.stack([cache * (-1) ** l for l in range(L)]) for cache in (k_cache, v_cache)]
+    caches = np.stack([[cache * (-1) ** l for l in range(L)] for cache in (k_cache, v_cache)])
     for row, S in zip(rows, contexts):
         for cache in caches:
             cache[:, tables[row, (S - 1) // P], (S - 1) % P] = np.nan
@@ -3373,8 +3968,8 @@ def forward_decode_example(rng, elements, L, H, G, D, C, F, V, P, contexts):
     matrices = lively(rng, L * layer_size(H, G, D, C, F) + V * C) / np.float32(40 * math.sqrt(C))
     return [unwritten(B, V), elements(unwritten(B, C)), elements(unwritten(B, C)),
             elements(unwritten(B, heads, D)), elements(unwritten(B, H, D)),
-            elements(unwritten(B, F)), *map(elements, caches),
-            unwritten(PARTS * B * max(C, heads * D)), partial, np.zeros(1, np.uint32),
+            elements(unwritten(B, F)), elements(caches),
+            unwritten(parts_size(B, H, G, D, C, F)), partial, np.zeros(MEETINGS * L + 2, np.uint32),
             rng.integers(0, V, B).astype(np.int32), positions, slots.astype(np.int32), rows,
             seq_lens, splits, tables, np.cos(angles), np.sin(angles), elements(lively(rng, V, C)),
             elements(lively(rng, 2 * L + 1, C)), elements(matrices), 1e-5]
@@ -3426,7 +4021,7 @@ def forgets_new_blocks(tokens, positions, slots, seq_lens, splits, inputs, *rest
 def early_step(*arguments):
     """Every token a position early."""
     arguments = list(arguments)
-    arguments[12] = np.maximum(arguments[12] - 1, 0)
+    arguments[11] = np.maximum(arguments[11] - 1, 0)
     forward_decode_ref(*arguments)
 
 
@@ -3434,8 +4029,9 @@ def kernel_row(name, twin, launcher, example, shapes, moves, does, mutation, **o
     """shapes: dimensions of small, hostile examples; moves, does: bytes and flops as formulas, the
     card's own; mutation: a wrong twin; types: of elements; workspace: arguments that only the
     launcher needs, or leaves with parts unwritten; roundings: to the element type, one upon the
-    other."""
-    options = dict(types=("float32", "float16", "bfloat16"), workspace=(), roundings=1) | options
+    other; needs: a GPU's compute capability, at least, and of 9 exactly."""
+    options = dict(types=("float32", "float16", "bfloat16"), workspace=(), roundings=1,
+                   needs=(5, 0)) | options
     return SimpleNamespace(name=name, twin=twin, launcher=launcher, example=example, shapes=shapes,
                            moves=moves, does=does, mutation=mutation, **options)
 
@@ -3456,7 +4052,7 @@ DECODES = (dict(H=1, G=1, D=64, P=16, contexts=(1,), queries=(1,)),
            dict(H=6, G=2, D=64, P=4, contexts=(5, 40), queries=(1, 1)),
            dict(H=16, G=1, D=64, P=16, contexts=(270,), queries=(1,)))
 ONE_STEP = dict(D=64, V=64, P=4) if SIMULATOR else dict(D=64, V=128, P=16)
-WIDE = dict(H=4, G=2, C=256, F=256) if SIMULATOR else dict(H=16, G=4, C=1024, F=2048)
+WIDE = dict(H=2, G=1, C=128, F=192) if SIMULATOR else dict(H=16, G=4, C=1024, F=2048)
 # the simulator takes minutes for as many tokens as the larger of its kernels are for
 MANY_TOKENS = () if SIMULATOR else (
     dict(L=1, contexts=tuple(range(1, 21)), **ONE_STEP, **WIDE),
@@ -3464,7 +4060,8 @@ MANY_TOKENS = () if SIMULATOR else (
     dict(L=1, contexts=(600, 3), **ONE_STEP | dict(D=128), **WIDE))
 STEPS_OF_DECODE = (dict(L=1, contexts=(1,), **ONE_STEP, **WIDE), *MANY_TOKENS,
                    dict(L=2, contexts=(7, 270, 3, 2, 1, 5, 6, 9, 4), **ONE_STEP, **WIDE))
-TENSOR = dict(types=("float16", "bfloat16"))
+TENSOR = dict(types=("float16", "bfloat16"), needs=(8, 0))
+HOPPER = dict(types=("float16", "bfloat16"), needs=(9, 0))
 SCRATCH, PARTIAL = dict(workspace=(3,)), dict(workspace=(9,))
 MATMUL_MOVES, MATMUL_DOES = "E*(T*N + T*K + N*K)", "2*T*N*K"
 
@@ -3526,7 +4123,7 @@ KERNELS = (
                types=("float32",)),
     kernel_row("forward_decode", forward_decode_ref, forward_decode, forward_decode_example,
                STEPS_OF_DECODE, "E*W + 2*L*B*S*G*D*E", "2*B*W + 4*L*B*H*S*D", early_step,
-               workspace=(2, 3, 4, 5, 8, 9), roundings=8, **TENSOR),
+               workspace=(2, 3, 4, 5, 7, 8), roundings=8, **HOPPER),
 )
 
 

@@ -1305,7 +1305,7 @@ def pick_dtype(dtype: str, device: str, stored: str) -> str:
     return dtype
 
 
-def pick_rung(rung: str, cfg: Config, dtype: str, device: str) -> str:
+def pick_rung(rung: str, cfg: Config, dtype: str, device: str, block_size: int) -> str:
     """The rung of the kernels' ladders; "auto": the highest that GPU, shapes and dtype allow."""
     capability = (9, 0) if device == "sim" else cuda.get_current_device().compute_capability
     obstacle = kernels.fits_tensor_cores(cfg.num_attention_heads, cfg.num_key_value_heads,
@@ -1325,12 +1325,9 @@ def pick_rung(rung: str, cfg: Config, dtype: str, device: str) -> str:
         return next_best if rung == "auto" else rung
     obstacle = kernels.fits_persistent(cfg.num_attention_heads, cfg.num_key_value_heads,
                                        cfg.head_dim, cfg.hidden_size, cfg.intermediate_size,
-                                       cfg.vocab_size)
-    if device == "cuda":
-        shared = cuda.get_current_device().MAX_SHARED_MEMORY_PER_BLOCK_OPTIN
-        if shared < kernels.PERSISTENT_SHARED:
-            obstacle = (f"a thread block has {shared} bytes of shared memory, "
-                        f"{kernels.PERSISTENT_SHARED} are needed")
+                                       cfg.vocab_size, block_size)
+    if capability[0] != 9:
+        obstacle = "compute capability {}.{} is not Hopper's 9.0".format(*capability)
     if rung == "persistent" and obstacle:
         raise UserError(f"a decode step cannot be one kernel here ({obstacle}): use --kernels "
                         "tensor")
@@ -1464,7 +1461,7 @@ class Engine:
         if self.device == "cpu":
             self.rung = "twins"
             return Host(kernels.TWINS, simulated=False)
-        self.rung = pick_rung(rung, self.cfg, self.dtype, self.device)
+        self.rung = pick_rung(rung, self.cfg, self.dtype, self.device, self.block_size)
         if self.device == "sim":
             return Host(kernels.RUNGS[self.rung], simulated=True)
         return Gpu(kernels.RUNGS[self.rung], eager)
@@ -1541,6 +1538,7 @@ class Engine:
         H, G, D = cfg.num_attention_heads, cfg.num_key_value_heads, cfg.head_dim
         # one block more than there are: padding of a step writes there, nobody reads it
         cache = new((2, cfg.num_hidden_layers, num_blocks + 1, P, G, D), elements)
+        self.kv_cache = cache
         self.k_cache, self.v_cache = cache[0], cache[1]                   # (L, blocks, P, G, D)
         self.x = new((T, cfg.hidden_size), elements)                      # residual stream
         self.h = new((T, cfg.hidden_size), elements)                      # normed input of a matmul
@@ -1559,9 +1557,11 @@ class Engine:
         self.splits = new(B + 1 + num_splits, np.int32)
         self.partial = new(self.partial_shape(self.max_model_len), np.float32)
         # of the kernel that is a whole decode step
-        parts = kernels.PARTS * kernels.PERSISTENT_TOKENS * max(cfg.hidden_size, (H + 2 * G) * D)
+        parts = kernels.parts_size(min(B, kernels.MAX_DECODE_TOKENS), H, G, D, cfg.hidden_size,
+                                   cfg.intermediate_size)
         self.parts = new(parts if self.rung == "persistent" else 1, np.float32)
-        self.arrivals = self.on_device(np.zeros(1, np.uint32))
+        self.arrivals = self.on_device(np.zeros(kernels.MEETINGS * cfg.num_hidden_layers + 2,
+                                                np.uint32))
         # the flat arrays of a step, one behind another; its shape says where each begins
         self.step_buffer = new(3 * T + 5 * B + 1, np.int32)
         self.decode_inputs = new(2 * B, np.int32)
@@ -1948,8 +1948,8 @@ class Engine:
     def compute(self, step: Step) -> None:
         """All operations of a step: what a graph records."""
         if step.kind == "decode" and self.rung == "persistent":
-            for first in range(0, step.B, kernels.PERSISTENT_TOKENS):
-                self.decode_at_once(step, first, min(first + kernels.PERSISTENT_TOKENS, step.B))
+            for first in range(0, step.B, kernels.MAX_DECODE_TOKENS):
+                self.decode_at_once(step, first, min(first + kernels.MAX_DECODE_TOKENS, step.B))
         else:
             if step.kind == "decode":
                 self.begin_decode(step, 0, step.B)
@@ -1967,12 +1967,12 @@ class Engine:
                               self.block_size, kernels.SPLIT)
 
     def decode_at_once(self, step: Step, first: int, end: int) -> None:
-        """The logits of these requests, PERSISTENT_TOKENS at most, by one kernel for all layers."""
+        """The logits of these requests, MAX_DECODE_TOKENS at most, by one kernel for all layers."""
         w = self.weights
         x, h, qkv, o, act, logits = (array[first:end] for array in (
             self.x, self.h, self.qkv, self.o, self.act, self.logits))
         self.begin_decode(step, first, end)
-        self.ops.forward_decode(logits, x, h, qkv, o, act, self.k_cache, self.v_cache, self.parts,
+        self.ops.forward_decode(logits, x, h, qkv, o, act, self.kv_cache, self.parts,
                                 self.partial, self.arrivals, step.tokens[first:end],
                                 step.positions[first:end], step.slots[first:end],
                                 step.rows[first:end], step.seq_lens[first:end], self.splits,
