@@ -731,7 +731,7 @@ def make_wgmma(N):
         row 16*w + l//4 at columns 8*n + 2*(l%4) and the next, then the same of 8 rows further
         """
         kind = np.float16 if like.dtype == np.float16 else ml_dtypes.bfloat16
-        warp = cuda.threadIdx.x // WARP % 4
+        warp = threading.current_thread().thread_id // WARP % 4
 
         def multiply(given):
             wide = [rows_of(words, at, rows).view(kind).astype(np.float32)

@@ -1245,7 +1245,7 @@ def test_blocks_are_never_lost_shared_wrongly_or_freed_twice():
         assert list(allocator.free) == free_order
         assert allocator.ref_counts == [list(owners.values()).count(b) for b in range(10)]
         assert {h: b for b, h in allocator.hash_of.items()} == allocator.block_of
-    assert allocator.num_evicted > 100
+    assert allocator.counts["evicted"] > 100
     block = allocator.allocate() if free_order else next(iter(owners.values()))
     for _ in range(allocator.ref_counts[block]):
         allocator.release(block)
@@ -1370,6 +1370,51 @@ def test_prompts_are_packed_and_a_newcomer_joins_the_running_batch(tiny):
         ("decode", {"a": 1, "c": 1}),
         ("decode", {"a": 1}),
     ]
+
+
+def reports_of(engine, arrivals):
+    reports = []
+    engine.on_step = reports.append
+    timeline(engine, arrivals)
+    return reports
+
+
+def test_a_step_is_explained_in_one_line(tiny):
+    engine = Engine(tiny, block_size=4, max_num_batched_tokens=16, num_gpu_blocks_override=6,
+                    device="cpu")
+    reports = reports_of(engine, {0: [("a", 9, 3)], 3: [("a", 9, 2)]})     # the same prompt again
+    lines = [tinyvllm.explain(report, (1e9, 1e9)) for report in reports]
+    assert [re.sub(r"; [\d,]+ us, \d+ % of what (memory|arithmetic) allows$", "", line)
+            for line in lines] == [
+        "step 1 prefill: tokens of a 0..8; blocks 3 taken (3 of 6 in use)",
+        "step 2 decode: 1 x 1 token of a; longest context 10; blocks as before (3 of 6 in use)",
+        "step 3 decode: 1 x 1 token of a; longest context 11; blocks 3 freed (0 of 6 in use)",
+        "step 4 prefill: tokens of a 8..8; blocks 1 taken, 2 shared (3 of 6 in use); "
+        "cached 8 tokens of a",
+        "step 5 decode: 1 x 1 token of a; longest context 10; blocks 3 freed (0 of 6 in use)",
+    ]
+    assert all(report.seconds > 0 for report in reports)
+    # every weight once, keys and values of 10 tokens: 1 layer, 2 x kv_heads x head_dim, float32
+    cfg, matrices = engine.cfg, engine.weights.matrices.nbytes
+    assert reports[1].bytes == matrices + 2 * cfg.num_key_value_heads * cfg.head_dim * 10 * 4
+
+
+def test_reports_account_for_every_block_and_token(tiny):
+    engine = Engine(tiny, block_size=4, max_num_batched_tokens=8, num_gpu_blocks_override=7,
+                    enable_prefix_caching=False, device="cpu")
+    reports = reports_of(engine, {0: [("a", 9, 8), ("b", 7, 8)], 2: [("c", 3, 4)]})
+    held = 0
+    for report in reports:
+        held += report.changes["taken"] - report.freed
+        # what this step's schedule freed, by preemption, is in use no more, and was told of at once
+        assert held == report.blocks_in_use
+    assert held == 0 and engine.num_preemptions > 0
+    assert [name for report in reports for name in report.preempted].count("b") > 0
+    computed = Counter()
+    for report in reports:
+        computed.update({name: count for name, count, _ in report.members})
+    assert computed["a"] == 9 + 8 - 1 and computed["c"] >= 3 + 4 - 1
+    assert sum(computed.values()) == sum(engine.num_tokens.values())
 
 
 def test_static_batching_lets_nobody_in_until_all_have_left(tiny):
@@ -2058,6 +2103,36 @@ def test_the_main_command_prints_an_answer_and_one_line_of_statistics():
     result = run_cli("--prompt", "What is PagedAttention?")
     assert result.returncode == 0 and "block" in result.stdout and result.stdout.endswith(".\n")
     assert "tokens/s" in result.stderr.splitlines()[-1] and "Traceback" not in result.stderr
+
+
+def test_steps_are_explained_and_traced(tmp_path):
+    path = tmp_path / "steps.json"
+    plain = run_cli("-p", "What is a warp?", "-n", "5", "--device", "cpu")
+    result = run_cli("-p", "What is a warp?", "-n", "5", "--device", "cpu", "--explain", "--trace",
+                     str(path))
+    assert result.returncode == 0 and result.stdout == plain.stdout
+    lines = [line for line in result.stderr.splitlines() if line.startswith("step ")]
+    assert len(lines) == 5 and "prefill: tokens of 1 0..16" in lines[0]
+    assert all(re.search(r"us, \d+ % of what (memory|arithmetic) allows$", line) for line in lines)
+    events = json.loads(path.read_text())["traceEvents"]
+    steps = [event for event in events if event["ph"] == "X" and event["tid"] == 0]
+    assert [event["name"] for event in steps] == ["prefill"] + ["decode"] * 4
+    for first, second in zip(steps, steps[1:]):
+        assert first["ts"] + first["dur"] <= second["ts"]
+    rows = {event["args"]["name"]: event["tid"] for event in events if event["ph"] == "M"}
+    assert rows == {"steps": 0, "request 1": 1}
+    assert sum(event["args"]["tokens"] for event in events if event.get("tid") == 1
+               and event["ph"] == "X") == 17 + 4
+    assert [event["args"]["in use"] for event in events if event["ph"] == "C"][-1] == 0
+
+
+@pytest.mark.parametrize("name, complaint", [
+    ("steps.txt", "expected a file name that ends in .json"),
+    ("nowhere/steps.json", "No such file or directory")])
+def test_a_trace_that_cannot_be_written_is_refused_at_once(tmp_path, name, complaint):
+    result = run_cli("-p", "x", "--trace", str(tmp_path / name))
+    assert result.returncode == 1 and result.stdout == ""
+    assert complaint in result.stderr and len(result.stderr.splitlines()) == 1
 
 
 def test_statistics_can_be_silenced():

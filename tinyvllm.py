@@ -10,7 +10,8 @@
     6. BlockAllocator         the KV cache is a pool of blocks                (lessons 11 and 14)
     7. Host and Gpu           where arrays live and how a step is run                  (lesson 16)
     8. Engine                 schedule -> pack -> forward -> sample -> retire  (lessons 1 and 13)
-    9. Command line
+    9. What a step did        reports for --explain and --trace               (lessons 13 and 14)
+   10. Command line
 
 The computation itself is in kernels_numba.py, whose dimension key (T, B, S, C, ...) holds here too.
 """
@@ -30,7 +31,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections import OrderedDict, deque
+from collections import Counter, OrderedDict, deque
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from functools import partial
@@ -870,6 +871,12 @@ class Sequence:
     stop_reason: int | str | None = None
 
     @property
+    def name(self) -> str:
+        """The request's id, with the sample's number where there are several."""
+        several = len(self.request.sequences) > 1
+        return f"{self.request.request_id}.{self.index}" if several else self.request.request_id
+
+    @property
     def params(self) -> SamplingParams:
         return self.request.params
 
@@ -938,6 +945,10 @@ class Batch:
     seq_lens: list[int]                            # context of each after this step
     ready: list[int]           # whose last token is computed, so the next one is sampled: indices
     new_blocks: list[int | None]                   # that decode appended to each block table
+    changes: Counter = field(default_factory=Counter)     # blocks taken, shared, evicted for it
+    cached: dict[str, int] = field(default_factory=dict)  # tokens that newcomers found in the cache
+    preempted: list[str] = field(default_factory=list)    # whose blocks it took
+    started: float = 0.0                           # time.perf_counter()
 
     @property
     def num_tokens(self) -> int:
@@ -987,7 +998,7 @@ class BlockAllocator:
         self.free = OrderedDict.fromkeys(range(num_blocks))
         self.block_of: dict[bytes, int] = {}                   # hash -> block that holds its tokens
         self.hash_of: dict[int, bytes] = {}                        # the inverse
-        self.num_evicted = 0
+        self.counts = Counter()                # of blocks taken, shared, freed and evicted
 
     def allocate(self) -> int:
         """A block with one reference and no name; the caller makes sure that one is free."""
@@ -995,7 +1006,8 @@ class BlockAllocator:
         self.ref_counts[block] = 1
         if block in self.hash_of:
             del self.block_of[self.hash_of.pop(block)]
-            self.num_evicted += 1
+            self.counts["evicted"] += 1
+        self.counts["taken"] += 1
         return block
 
     def share(self, block: int) -> int:
@@ -1003,6 +1015,7 @@ class BlockAllocator:
         if self.ref_counts[block] == 0:
             del self.free[block]
         self.ref_counts[block] += 1
+        self.counts["shared"] += 1
         return block
 
     def release(self, block: int) -> None:
@@ -1010,6 +1023,7 @@ class BlockAllocator:
         assert self.ref_counts[block] > 0, f"block {block} was released twice"
         self.ref_counts[block] -= 1
         if self.ref_counts[block] == 0:
+            self.counts["freed"] += 1
             self.free[block] = None
             self.free.move_to_end(block, last=block in self.hash_of)
 
@@ -1039,6 +1053,8 @@ def hash_block(parent: bytes, token_ids: list[int]) -> bytes:
 
 STEPS_IN_FLIGHT = 2                                # that the host has started and not read
 STAGING_BYTES = 32 << 20                           # in each half of the pinned memory for uploads
+FLOPS_A_CLOCK = {(8, 0): 2048, (9, 0): 4096, (10, 0): 8192}    # of a multiprocessor's tensor cores,
+                                                               # dense, 16 bits; others 1024 or less
 
 
 class KernelError(RuntimeError):
@@ -1157,6 +1173,22 @@ class Gpu:
             self.staged = 0
         first, self.staged = self.staged, self.staged + ceil_div(size, 16) * 16
         return self.halves[0][0][first:first + size]
+
+    def ceilings(self) -> tuple[float, float]:
+        """Bytes a second of a copy within the GPU's memory, and floating-point operations a second
+        of its tensor cores at the highest clock."""
+        size, begin, end = 128 << 20, cuda.event(), cuda.event()
+        source, target = self.empty(size, np.uint8), self.empty(size, np.uint8)
+        for _ in range(2):                         # the first one warms up
+            begin.record(self.stream)
+            self.call(self.driver.cuMemcpyDtoDAsync(pointer(target), pointer(source), size,
+                                                    self.handle))
+            end.record(self.stream)
+        end.synchronize()
+        gpu = cuda.get_current_device()
+        flops = FLOPS_A_CLOCK.get(gpu.compute_capability, 1024) * gpu.MULTIPROCESSOR_COUNT
+        return (2 * size / (cuda.event_elapsed_time(begin, end) / 1e3),
+                flops * gpu.CLOCK_RATE * 1e3)
 
     def download(self, source) -> np.ndarray:
         """The values of an array, when all that was asked for before has happened."""
@@ -1445,6 +1477,10 @@ class Engine:
         self.in_flight: tuple | None = None        # it, if its tokens have not been read yet
         self.num_preemptions = 0
         self.num_tokens = {"prefill": 0, "decode": 0}
+        self.cached: dict[str, int] = {}           # since the last step was scheduled: prefix hits
+        self.preempted: list[str] = []             # and whoever gave way
+        self.on_step: Callable[[StepReport], None] | None = None   # told of each finished step
+        self.num_steps, self.reported_at, self.freed_before = 0, 0.0, 0
 
     def find_eos_token_ids(self, directory: Path) -> set[int]:
         """Those of config.json, generation_config.json and the tokenizer."""
@@ -1773,6 +1809,8 @@ class Engine:
         if seq.request.num_cached_tokens is None:
             seq.request.num_cached_tokens = seq.num_computed
         seq.row = self.free_rows.pop()
+        if hits:
+            self.cached[seq.name] = seq.num_computed
         self.running.append(self.waiting.popleft())    # before anything that can fail: see advance
         self.fill_row(seq)
         candidates.append(seq)
@@ -1864,6 +1902,7 @@ class Engine:
     def preempt(self, seq: Sequence) -> None:
         """Takes all its blocks; it computes its tokens again, less what the prefix cache kept."""
         self.num_preemptions += 1
+        self.preempted.append(seq.name)
         self.running.remove(seq)
         self.release_blocks(seq)
         self.waiting.appendleft(seq)
@@ -2037,7 +2076,12 @@ class Engine:
         """step, but the requests themselves."""
         batch, finished = None, self.in_flight
         try:
+            before = self.allocator.counts.copy()
             batch = self.schedule()
+            if batch:
+                batch.changes = self.allocator.counts - before
+                batch.cached, self.cached = self.cached, {}
+                batch.preempted, self.preempted = self.preempted, []
             self.batch = batch or self.batch
             self.in_flight = self.start(batch) if batch else None
         except BaseException as error:
@@ -2059,6 +2103,7 @@ class Engine:
     def start(self, batch: Batch) -> tuple[Batch, Callable, dict[int, np.ndarray]]:
         """Runs a step, or sets it going: the batch, how to get its tokens, and raw logits where
         somebody wants logprobs."""
+        batch.started = time.perf_counter()
         step = self.pack_decode(batch) if batch.kind == "decode" else self.pack_prefill(batch)
         for seq in batch.sequences:
             if 0 < seq.params.min_tokens == seq.num_sampled:   # from here on it may stop
@@ -2094,7 +2139,36 @@ class Engine:
             self.lose(batch.sequences, error)
             raise
         self.num_tokens[batch.kind] += batch.num_tokens
+        self.num_steps += 1
+        if self.on_step:
+            self.on_step(self.report(batch))
         return list(grown)
+
+    def report(self, batch: Batch) -> StepReport:
+        """What a step did that has just been read."""
+        cfg, L = self.cfg, self.cfg.num_hidden_layers
+        H, G, D = cfg.num_attention_heads, cfg.num_key_value_heads, cfg.head_dim
+        lm_head = cfg.vocab_size * cfg.hidden_size
+        in_layers = L * kernels.layer_size(H, G, D, cfg.hidden_size, cfg.intermediate_size)
+        keys = sum(batch.seq_lens)                 # with their values, read once
+        pairs = sum(count * end - count * (count - 1) // 2
+                    for count, end in zip(batch.counts, batch.seq_lens))      # of query and key
+        now, freed = time.perf_counter(), self.allocator.counts["freed"]
+        # on the GPU it began, at the earliest, when the step before ended
+        started = max(batch.started, self.reported_at)
+        report = StepReport(
+            self.num_steps, batch.kind, started, now - started,
+            [(seq.name, count, end) for seq, count, end in zip(batch.sequences, batch.counts,
+                                                               batch.seq_lens)],
+            batch.changes, freed - self.freed_before, batch.cached, batch.preempted,
+            len(self.running), len(self.waiting),
+            len(self.allocator.ref_counts) - len(self.allocator.free),
+            len(self.allocator.ref_counts),
+            (in_layers + lm_head + 2 * L * G * D * keys) * self.elements.itemsize,
+            2 * in_layers * batch.num_tokens + 2 * lm_head * len(batch.ready)
+            + 4 * L * H * D * pairs)
+        self.reported_at, self.freed_before = now, freed
+        return report
 
     def logprobs_of(self, logits: np.ndarray, token: int, count: int) -> dict[int, Logprob]:
         """The chosen token and the `count` likeliest (-1: all) of one row of raw logits."""
@@ -2312,7 +2386,134 @@ def load_tokenizer(directory: Path) -> Tokenizer | None:
 
 
 # -----------------------------------------------------------------------------
-# 9. Command line
+# 9. What a step did                                          (lessons 13 and 14)
+#
+# The engine tells of each step when its tokens have been read: as a line on standard error
+# (--explain), or in a file that a trace viewer draws (--trace).
+
+
+@dataclass
+class StepReport:
+    number: int
+    kind: str                                      # "prefill" or "decode"
+    started: float                                 # seconds, as time.perf_counter() counts them
+    seconds: float
+    members: list[tuple[str, int, int]]            # request, tokens computed, context afterwards
+    changes: Counter                               # blocks taken, shared, evicted when it was made
+    freed: int                                     # blocks, since the step before was read
+    cached: dict[str, int]                         # request -> prompt tokens found in the cache
+    preempted: list[str]                           # requests that gave their blocks back
+    num_running: int
+    num_waiting: int
+    blocks_in_use: int
+    num_blocks: int
+    bytes: int                                     # weights and contexts, each read once
+    flops: int
+
+
+def measure_ceilings(engine: Engine) -> tuple[float, float]:
+    """Bytes and floating-point operations a second that this machine reaches: one large matrix
+    times a vector, and times a matrix. On the GPU a copy within its memory, and what the
+    multiprocessors' tensor cores can do at the highest clock."""
+    if engine.device == "cuda":
+        return engine.place.ceilings()
+    matrix, vector = np.ones((4096, 8192), np.float32), np.ones(8192, np.float32)
+    square = matrix[:1024, :1024].copy()
+    square @ square, matrix @ vector               # threads are started, pages are there
+    begin = time.perf_counter()
+    matrix @ vector
+    middle = time.perf_counter()
+    square @ square
+    end = time.perf_counter()
+    return matrix.nbytes / (middle - begin), 2 * 1024**3 / (end - middle)
+
+
+def explain(report: StepReport, ceilings: tuple[float, float]) -> str:
+    """A step in one line."""
+    names = [name for name, _, _ in report.members]
+    shown = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
+    if report.kind == "prefill":
+        who = ", ".join(f"{name} {end - count}..{end - 1}"
+                        for name, count, end in report.members[:8])
+        who = f"tokens of {who}" + (", ..." if len(names) > 8 else "")
+    else:
+        longest = max(end for _, _, end in report.members)
+        who = f"{len(names)} x 1 token of {shown}; longest context {longest}"
+    blocks = [f"{report.changes[change]} {change}" for change in ("taken", "shared", "evicted")
+              if report.changes[change]]
+    blocks += [f"{report.freed} freed"] * (report.freed > 0)
+    line = (f"step {report.number} {report.kind}: {who}; blocks {', '.join(blocks) or 'as before'} "
+            f"({report.blocks_in_use} of {report.num_blocks} in use)")
+    if report.cached:
+        line += "; cached " + ", ".join(f"{count} tokens of {name}"
+                                        for name, count in report.cached.items())
+    if report.preempted:
+        line += f"; preempted {', '.join(report.preempted)}"
+    if report.num_waiting:
+        line += f"; {report.num_waiting} waiting"
+    bandwidth, speed = ceilings
+    moving, computing = report.bytes / bandwidth, report.flops / speed
+    bound = "memory" if moving > computing else "arithmetic"
+    return (f"{line}; {report.seconds * 1e6:,.0f} us, "
+            f"{100 * max(moving, computing) / report.seconds:.0f} % of what {bound} allows")
+
+
+class Trace:
+    """Steps as chrome://tracing and ui.perfetto.dev draw them: a row of all steps, a row for each
+    request, and the blocks in use (Trace Event Format)."""
+
+    def __init__(self, path: str):
+        if not path.endswith(".json"):
+            raise UserError(f"--trace {path}: expected a file name that ends in .json")
+        try:
+            self.file = open(path, "w", encoding="utf-8")      # now, not after the work
+        except OSError as error:
+            raise UserError(f"cannot write --trace {path}: {error.strerror}") from None
+        self.events: list[dict] = []
+        self.rows = {"steps": 0}
+
+    def add(self, report: StepReport) -> None:
+        common = dict(ph="X", ts=report.started * 1e6, dur=report.seconds * 1e6, pid=0)
+        self.events.append(common | dict(
+            name=report.kind, tid=0, args=dict(
+                step=report.number, requests=len(report.members), **report.changes,
+                freed=report.freed, cached=report.cached, preempted=report.preempted,
+                waiting=report.num_waiting, bytes=report.bytes, flops=report.flops)))
+        for name, count, end in report.members:
+            row = self.rows.setdefault(f"request {name}", len(self.rows))
+            self.events.append(common | dict(name=f"{report.kind} {count}", tid=row,
+                                             args=dict(tokens=count, context=end)))
+        self.events.append(dict(name="KV blocks", ph="C", ts=report.started * 1e6, pid=0,
+                                args={"in use": report.blocks_in_use}))
+
+    def write(self) -> None:
+        names = [dict(name="thread_name", ph="M", pid=0, tid=row, args=dict(name=name))
+                 for name, row in self.rows.items()]
+        with self.file as file:
+            json.dump({"traceEvents": names + self.events, "displayTimeUnit": "ms"}, file)
+
+
+@contextmanager
+def watching(engine: Engine, explained: bool, trace: Trace | None):
+    """Tells of every step meanwhile; the trace is written even if the work is interrupted."""
+    ceilings = measure_ceilings(engine) if explained else None
+
+    def watch(report: StepReport) -> None:
+        if explained:
+            note(explain(report, ceilings))
+        if trace:
+            trace.add(report)
+    engine.on_step = watch if explained or trace else None
+    try:
+        yield
+    finally:
+        engine.on_step = None
+        if trace:
+            trace.write()
+
+
+# -----------------------------------------------------------------------------
+# 10. Command line
 #
 # Text goes to stdout and everything else to stderr. Exit codes: 0 success, 1 bad input or failure,
 # 2 usage, 130 interrupted.
@@ -2377,6 +2578,10 @@ def build_parser() -> argparse.ArgumentParser:
     add("--verbose-prompt", action="store_true", help="show the prompt and its token ids")
     add("--stats", action=argparse.BooleanOptionalAction, default=True,
         help="speed and memory on stderr")
+    add("--explain", action="store_true",
+        help="a line on stderr for each step: who computed what, blocks, time, share of the bound")
+    add("--trace", metavar="FILE.json", help="write all steps for chrome://tracing or "
+        "ui.perfetto.dev")
     return parser
 
 
@@ -2437,6 +2642,7 @@ def run_command(args: argparse.Namespace) -> int:
     args.stop = args.stop and [readable(text) for text in args.stop]
     prompts = [readable(prompt) for prompt in args.prompt]
     prompts += [read_prompt_file(name) for name in args.file]
+    trace = Trace(args.trace) if args.trace else None
     engine = Engine(args.model, device=args.device, dtype=args.dtype, rung=args.kernels,
                     enforce_eager=args.enforce_eager,
                     gpu_memory_utilization=args.gpu_memory_utilization,
@@ -2452,7 +2658,8 @@ def run_command(args: argparse.Namespace) -> int:
         note("sampling: " + ", ".join(f"{name} {getattr(params, name)} ({source})"
                                       for name, source in sources.items()))
     if args.chat:
-        return chat_loop(engine, params, args)
+        with watching(engine, args.explain, trace):
+            return chat_loop(engine, params, args)
     system = [{"role": "system", "content": args.system_prompt}] if args.system_prompt else []
     if not args.raw:
         prompts = [engine.chat_prompt(system + [{"role": "user", "content": prompt}])
@@ -2460,7 +2667,8 @@ def run_command(args: argparse.Namespace) -> int:
     if args.verbose_prompt:
         for prompt in prompts:
             note(repr(engine.read_prompt(prompt)))
-    return answer(engine, prompts, params, args)
+    with watching(engine, args.explain, trace):
+        return answer(engine, prompts, params, args)
 
 
 def readable(text: str) -> str:
