@@ -711,8 +711,8 @@ def rows_of(words, i, count):
 
 def make_wgmma(N):
     """The instructions for a warpgroup, 4 warps, and N columns."""
-    # a descriptor: address / 16, 1024 bytes between groups of 8 rows, swizzle of 128 bytes; 16
-    # elements further along the rows is 2 more
+    # a descriptor: address / 16 (bits 16 to 29, unused with this swizzle, are 1), 1024 bytes
+    # between groups of 8 rows, swizzle of 128 bytes; 16 elements further along is 2 more
     text = "{{.reg .b32 a, b; .reg .b64 x, y;\nwgmma.fence.sync.aligned;\n"
     for k in range(4):
         text += (f"shr.u32 a, {{1}}, 4; add.u32 a, a, {0x10000 + 2 * k}; "
@@ -2188,8 +2188,8 @@ def make_attention_sums(D):
 
     @cuda.jit(device=True)
     def join_warps(out, partial, sums, base, b, g, j, R, only):
-        """The sums of all warps together: the attention itself if this is the context's only split,
-        otherwise a part of it."""
+        """The sums of all warps, sums[base:] as (DECODE_WARPS, R, D+2), together: the attention of
+        request b and KV head g itself if j is the context's only split, otherwise a part of it."""
         for i in range(cuda.threadIdx.x, R * D, WARP * DECODE_WARPS):
             r, d = i // D, i % D
             m, l, o = NEG_INF, ZERO, ZERO
@@ -2346,10 +2346,10 @@ def make_attend_splits(D):
                                   tile_g, ahead + i * width, limit)
                 s += TILES * width
             store_sums(sums, acc, m, l, R, scale)
-            meet(WARP * DECODE_WARPS)      # else a warp's sums are read before they are written
+            cuda.syncthreads()             # else a warp's sums are read before they are written
             only = load_word(splits, b + 1) - load_word(splits, b) == 1
             join_warps(out, partial, sums, 0, b, g, j, R, only)
-            meet(WARP * DECODE_WARPS)      # else the next item overwrites sums still being read
+            cuda.syncthreads()             # else the next item overwrites sums still being read
             b, row, first, S, end, g, j = (next_b, next_row, next_first, next_S, next_end, next_g,
                                            next_j)
             item += stride
@@ -2972,7 +2972,7 @@ def begin_decode(tokens, positions, slots, seq_lens, splits, inputs, state, bloc
 #
 #   weights warp -> [ stage ][ stage ][ stage ][ stage ][ stage ] \
 #                   of weights, or of keys and values              > consumers: tensor cores, norms,
-#   tokens warp  -> [ slot ][ slot ][ slot ]                      /  rotation, softmax
+#   tokens warp  -> [ stage ][ stage ][ stage ]                   /  rotation, softmax
 #
 # A matmul is cut into items: 128 rows of a weight matrix, a tile, by all of its K or a part of it.
 # A thread block takes every gridDim.x-th item and goes on from one matrix to the next without a
@@ -2980,8 +2980,8 @@ def begin_decode(tokens, positions, slots, seq_lens, splits, inputs, state, bloc
 # rows of wgmma and tokens its columns, so kernels for few and for many tokens take each sum over K
 # in the same order: no answer depends on the company.
 
-DECODE_GROUPS = 1 if SIMULATOR else 2      # warpgroups of consumers; each has 64 rows of a tile
-CONSUMERS = 4 * WARP * DECODE_GROUPS       # threads
+DECODE_GROUPS = DECODE_WARPS // 4          # warpgroups of consumers; each has 64 rows of a tile
+CONSUMERS = WARP * DECODE_WARPS            # threads
 TILE_ROWS = 64 * DECODE_GROUPS
 STAGE_WORDS = TILE_ROWS * 32               # 64 elements of each row
 DECODE_TOKENS = 8, 16, 32, 64, 128, 256    # there is a kernel for up to so many tokens each
@@ -2990,12 +2990,13 @@ MAX_PARTS = 2 if SIMULATOR else 8          # of a matrix's K
 MULTIPROCESSORS = 2 if SIMULATOR else 132  # that the parts are made for; they must not depend on
                                            # the GPU, or its sums would
 PERSISTENT_SHARED = (227 - 1) << 10        # bytes; 1 KB is left for static arrays
-SUM_WORDS = 16384                          # the most that the sums of attention may take of it
-SLOTS_WORDS = 8192                         # for the tokens' ring; three slots if that is more
+SUM_WORDS = 20480                          # the most that sums of attention, or a token and its
+                                           # gains, may take of it: three stages are left
+X_WORDS = 8192                             # for the tokens' ring; three stages if that is more
 # barriers of the rings: full[i], that a copy has landed, and empty[i], that all consumers are done
-MAX_STAGES, MAX_SLOTS = 16, 8
-EMPTY, SLOT_FULL, SLOT_EMPTY = MAX_STAGES, 2 * MAX_STAGES, 2 * MAX_STAGES + MAX_SLOTS
-NUM_BARRIERS = 2 * MAX_STAGES + 2 * MAX_SLOTS
+MAX_STAGES, MAX_X_STAGES = 16, 8
+EMPTY, X_FULL, X_EMPTY = MAX_STAGES, 2 * MAX_STAGES, 2 * MAX_STAGES + MAX_X_STAGES
+NUM_BARRIERS = 2 * MAX_STAGES + 2 * MAX_X_STAGES
 QKV, O, GATE_UP, DOWN, LM_HEAD = range(5)  # the matmuls of a layer in their order, and the last one
 H_MAP, O_MAP, ACT_MAP, KV_MAP = range(5, 9)            # tensor maps behind those of the matrices
 ITEMS, PARTS, STEPS, ROWS = range(4)       # columns of the plan: items of a matrix, parts of its K,
@@ -3126,6 +3127,13 @@ def kind_of(matrix, num_matrices):
 
 
 @cuda.jit(device=True)
+def tile_and_part(item, parts):
+    """What an item of a matrix is: 128 of its rows by a part of its K."""
+    tile = int64(divide(uint32(item), uint32(parts)))
+    return tile, item - tile * parts
+
+
+@cuda.jit(device=True)
 def next_stage(stage, parity, stages):
     """The place after this one in a ring, and the parity of its phase."""
     if stage + 1 == stages:
@@ -3134,7 +3142,7 @@ def next_stage(stage, parity, stages):
 
 
 def keys_of_stage(D):
-    """Tokens whose keys have room in half a stage, their values in the other half."""
+    """Tokens whose keys and values have room in a stage, a power of two."""
     keys = 16
     while 2 * keys * D <= STAGE_WORDS:
         keys *= 2
@@ -3173,7 +3181,8 @@ def stream_context(ring, first, stage, stages, parity, barriers, maps, item, lay
             _, row, key, S = locate(item + (1 + lane) * stride, G, seq_lens, splits, rows, SPLIT)
         next_k, next_end, next_n, next_blocks = open_context(turn, row, key, S, P, block_tables)
         g = uint32(item - int64(divide(uint32(item), uint32(G))) * G)
-        from_lane, token = 0, uint32(0)                        # where a stage begins in its block
+        # invariant: a stage begins with a block or inside one, for SPLIT is a multiple of P
+        from_lane, token = 0, uint32(0)
         while k < end:
             boxes = KEYS // box
             if end - k < KEYS:
@@ -3217,10 +3226,11 @@ def stream_weights(ring, first, stages, barriers, plan, maps, num_matrices, D, K
                                                  rows, seq_lens, splits)
         parts, steps = plan[kind, PARTS], plan[kind, STEPS]
         while item < plan[kind, ITEMS]:
-            tile = int64(divide(uint32(item), uint32(parts)))
-            k = (item - tile * parts) * steps * 64
-            for step in range(steps):
+            tile, part = tile_and_part(item, parts)
+            k = part * steps * 64
+            for _ in range(steps):
                 await_barrier(barriers, EMPTY + stage, parity)
+                meet_warp()                # else a lane a whole ring behind waits for a past phase
                 if lane == 0:
                     barrier_expect(barriers, stage, uint32(STAGE_WORDS * 4))
                     copy_box_5d(ring, first + stage * STAGE_WORDS, maps, kind * 16, uint32(k),
@@ -3233,11 +3243,11 @@ def stream_weights(ring, first, stages, barriers, plan, maps, num_matrices, D, K
 
 
 @cuda.jit(device=True)
-def stream_tokens(ring, first, slots, slot_words, x_steps, barriers, plan, maps, num_matrices,
+def stream_tokens(ring, first, x_stages, x_stage_words, x_steps, barriers, plan, maps, num_matrices,
                   arrivals, G, splits, B):
-    """The thread that fills the second ring with the elements of all tokens that meet the weights,
-    x_steps steps at once, as soon as the thread blocks have met because they are there."""
-    item, slot, parity = cuda.blockIdx.x, 0, uint32(1)
+    """The thread that fills the second ring: for each item the elements of all tokens along its K,
+    x_steps steps with one copy, once the meeting has been that says they are there."""
+    item, x_stage, parity = cuda.blockIdx.x, 0, uint32(1)
     for matrix in range(num_matrices):
         kind, meeting = kind_of(matrix, num_matrices), (matrix >> 2) * MEETINGS
         parts, steps = plan[kind, PARTS], plan[kind, STEPS]
@@ -3252,17 +3262,18 @@ def stream_tokens(ring, first, slots, slot_words, x_steps, barriers, plan, maps,
             meeting += NORMED_AGAIN
         elif kind == DOWN:
             source, meeting = ACT_MAP, meeting + ACTIVATED
-        await_all(arrivals, meeting)
-        fence_copies()
+        if item < plan[kind, ITEMS]:       # or nobody here waits, and the counts may be set back
+            await_all(arrivals, meeting)
+            fence_copies()
         while item < plan[kind, ITEMS]:
-            tile = int64(divide(uint32(item), uint32(parts)))
-            k = (item - tile * parts) * steps
+            tile, part = tile_and_part(item, parts)
             for step in range(0, steps, x_steps):
-                await_barrier(barriers, SLOT_EMPTY + slot, parity)
-                barrier_expect(barriers, SLOT_FULL + slot, uint32(slot_words * 4))
-                copy_box_3d(ring, first + slot * slot_words, maps, source * 16, uint32(0),
-                            uint32(0), uint32(k + step), barriers, SLOT_FULL + slot)
-                slot, parity = next_stage(slot, parity, slots)
+                await_barrier(barriers, X_EMPTY + x_stage, parity)
+                barrier_expect(barriers, X_FULL + x_stage, uint32(x_stage_words * 4))
+                copy_box_3d(ring, first + x_stage * x_stage_words, maps, source * 16, uint32(0),
+                            uint32(0), uint32(part * steps + step), barriers,
+                            X_FULL + x_stage)
+                x_stage, parity = next_stage(x_stage, parity, x_stages)
             item += cuda.gridDim.x
         item -= plan[kind, ITEMS]
 
@@ -3367,12 +3378,13 @@ def make_attend_stages(D):
                 int64(shuffle(uint32(S), turn)), j, item - j * G)
 
     @cuda.jit(device=True)
-    def attend_stages(out, partial, sums, ring, first, stage, stages, parity, barriers, item, b,
-                      key, S, qkv, k_cache, v_cache, slots, rows, seq_lens, splits):
-        """Attention of this thread block's items, whose contexts stream_context brings; in b, key
-        and S each lane has one of the first 32, as stream_context has. All warps work on an item, a
-        warp on every DECODE_WARPS-th tile of 16 keys; each warp waits for each stage and gives it
-        back, for the ring has one order."""
+    def attend_stages(out, partial, sums, ring, first, stage, stages, parity, barriers, item,
+                      lane_b, lane_key, lane_S, qkv, k_cache, v_cache, slots, rows, seq_lens,
+                      splits):
+        """Attention of this thread block's items, whose contexts stream_context brings: request,
+        first key and length of the next 32, one in each lane, as there. All warps work on an item,
+        a warp on every DECODE_WARPS-th tile of 16 keys; each warp waits for each stage and gives
+        it back, for the ring has one order."""
         q = cuda.local.array(Q_WORDS, uint32)
         fresh = cuda.local.array(FRESH_WORDS, uint32)
         words = cuda.local.array(4, uint32)
@@ -3385,13 +3397,13 @@ def make_attend_stages(D):
         scale, G, H = LOG2E / math.sqrt(float32(D)), k_cache.shape[2], out.shape[1]
         R, box, turn = int64(divide(uint32(H), uint32(G))), min(k_cache.shape[1], KEYS), 0
         items = int64(load_word(splits, seq_lens.shape[0])) * G
-        slot, base = load_word(slots, b), int64(0)
-        request, k, length, j, g = open_item(item, turn, b, key, S, G)
+        lane_slot, base = load_word(slots, lane_b), int64(0)
+        b, k, S, j, g = open_item(item, turn, lane_b, lane_key, lane_S, G)
         if item < items:
-            load_queries(q, qkv, request, g, R, G)
-            load_fresh(fresh, k_cache, v_cache, int64(shuffle(slot, uint32(turn))), g)
+            load_queries(q, qkv, b, g, R, G)
+            load_fresh(fresh, k_cache, v_cache, int64(shuffle(lane_slot, uint32(turn))), g)
         while item < items:
-            end = min(k + SPLIT, length)
+            end = min(k + SPLIT, S)
             for half in range(2):
                 m[half], l[half] = NEG_INF, ZERO
             for i in range(OUTS):
@@ -3402,8 +3414,8 @@ def make_attend_stages(D):
                 own = (warp - tile) & (DECODE_WARPS - 1)       # this warp's tile of the stage
                 tile_key, at = k + own * 16, first + stage * STAGE_WORDS
                 if own < TILES and tile_key < end:
-                    if tile_key + 16 >= length:
-                        patch_tile(ring, at, own * 16 + length - 1 - tile_key, box, fresh, words)
+                    if tile_key + 16 >= S:
+                        patch_tile(ring, at, own * 16 + S - 1 - tile_key, box, fresh, words)
                     add_tile(acc, m, l, q, ring, at, own * 16, box, x, p, words, R, tile_key, end,
                              scale, out)
                 meet_warp()                # else a stage is given back that a lane still reads
@@ -3416,15 +3428,16 @@ def make_attend_stages(D):
             turn += 1
             if turn == WARP:
                 turn = 0
-                b, _, key, S = locate(item + lane * stride, G, seq_lens, splits, rows, SPLIT)
-                slot = load_word(slots, b)
-            done, done_j, done_g, only = request, j, g, length <= SPLIT
-            request, k, length, j, g = open_item(item, turn, b, key, S, G)
+                lane_b, _, lane_key, lane_S = locate(item + lane * stride, G, seq_lens, splits,
+                                                     rows, SPLIT)
+                lane_slot = load_word(slots, lane_b)
+            done, done_j, done_g, only = b, j, g, S <= SPLIT
+            b, k, S, j, g = open_item(item, turn, lane_b, lane_key, lane_S, G)
             if item < items:               # on their way during the join
-                load_queries(q, qkv, request, g, R, G)
-                load_fresh(fresh, k_cache, v_cache, int64(shuffle(slot, uint32(turn))), g)
+                load_queries(q, qkv, b, g, R, G)
+                load_fresh(fresh, k_cache, v_cache, int64(shuffle(lane_slot, uint32(turn))), g)
             store_sums(sums, base, acc, m, l, R, scale)
-            meet(WARP * DECODE_WARPS)      # else a warp's sums are read before they are written
+            meet(CONSUMERS)                # else a warp's sums are read before they are written
             join_warps(out, partial, sums, base, done, done_g, done_j, R, only)
             # sums have two places: before this one is used again, all have met for the next item
             base = DECODE_WARPS * R * (D + 2) - base
@@ -3442,8 +3455,8 @@ def make_forward_decode(D, N):
     attend_stages, (wgmma, wgmma_wait) = make_attend_stages(D), WGMMA[min(N, 128)]
     KEYS, ACCUMULATORS = keys_of_stage(D), min(N, 128) // 2
     X_STEPS = x_steps_of(N)
-    SLOT_WORDS = X_STEPS * N * 32                      # X_STEPS times 64 elements of each token
-    PARTS_8, PARTS_4, WARPS = MAX_PARTS * 8, MAX_PARTS * 4, CONSUMERS // WARP
+    X_STAGE_WORDS = X_STEPS * N * 32                   # X_STEPS times 64 elements of each token
+    NORM_TERMS, HEAD_TERMS = MAX_PARTS * 8, MAX_PARTS * 4
 
     @cuda.jit(device=True)
     def norm_tokens(shared_words, h, x, parts, num_parts, embed, tokens, norms, n, eps):
@@ -3452,7 +3465,7 @@ def make_forward_decode(D, N):
         holds the token, C/2 words, then the gains; each thread reads only what it wrote."""
         words = cuda.local.array(4, uint32)
         gains = cuda.local.array(4, uint32)
-        terms = cuda.local.array(PARTS_8, float32)
+        terms = cuda.local.array(NORM_TERMS, float32)
         B, C = x.shape
         for b in range(cuda.blockIdx.x, B, cuda.gridDim.x):
             squares = ZERO
@@ -3496,7 +3509,7 @@ def make_forward_decode(D, N):
     def rotate_heads(qkv, k_cache, v_cache, parts, num_parts, cos, sin, positions, slots):
         """The heads of q, k and v from parts: q and k rotated; q to qkv, k and v to their blocks. A
         thread takes two channels of each half of a head."""
-        terms = cuda.local.array(PARTS_4, float32)
+        terms = cuda.local.array(HEAD_TERMS, float32)
         turns = cuda.local.array(4, float32)
         B, heads, G = qkv.shape[0], qkv.shape[1], k_cache.shape[2]
         for unit in range(cuda.blockIdx.x * CONSUMERS + cuda.threadIdx.x, B * heads * (D // 4),
@@ -3577,15 +3590,15 @@ def make_forward_decode(D, N):
                 at += stride
 
     @cuda.jit(device=True)
-    def consume(ring, sums, first, stages, num_slots, barriers, plan, acc, acc_far, flat_logits, x,
-                h, qkv, o, flat_act, kv_cache, parts, partial, arrivals, tokens, positions, slots,
-                rows, seq_lens, splits, cos, sin, embed, norms, eps):
+    def consume(ring, sums, first, stages, num_x_stages, barriers, plan, acc, acc_far, flat_logits,
+                x, h, qkv, o, flat_act, kv_cache, parts, partial, arrivals, tokens, positions,
+                slots, rows, seq_lens, splits, cos, sin, embed, norms, eps):
         """What the consumers do: all operations, between meetings of all thread blocks."""
-        tid, lane, warp = cuda.threadIdx.x, cuda.threadIdx.x % WARP, cuda.threadIdx.x // WARP
+        lane, warp = cuda.threadIdx.x % WARP, cuda.threadIdx.x // WARP
         B, H, G, num_matrices = x.shape[0], o.shape[1], kv_cache.shape[4], kv_cache.shape[1] * 4 + 1
         a_rows = first + warp // 4 * 64 * 32               # of this warpgroup, in stage 0
-        first_slot, used_stage, used_slot = first + stages * STAGE_WORDS, 0, 0
-        item, stage, parity, slot, slot_parity = cuda.blockIdx.x, 0, uint32(0), 0, uint32(0)
+        first_x_stage, used_stage, used_x_stage = first + stages * STAGE_WORDS, 0, 0
+        item, stage, parity, x_stage, x_parity = cuda.blockIdx.x, 0, uint32(0), 0, uint32(0)
         for matrix in range(num_matrices):
             kind, layer = kind_of(matrix, num_matrices), matrix >> 2
             meeting = layer * MEETINGS
@@ -3605,7 +3618,7 @@ def make_forward_decode(D, N):
                     arrive(arrivals, meeting + SPLITS_ATTENDED)
                     gather(arrivals, meeting + SPLITS_ATTENDED)
                     for pair in range(warp * cuda.gridDim.x + cuda.blockIdx.x, B * H,
-                                      WARPS * cuda.gridDim.x):
+                                      DECODE_WARPS * cuda.gridDim.x):
                         b = int64(divide(uint32(pair), uint32(H)))
                         if splits[b + 1] - splits[b] > 1:
                             merge_head(o, partial, splits, b, pair - b * H, lane, WARP)
@@ -3617,8 +3630,10 @@ def make_forward_decode(D, N):
                 normed, before, made = meeting + NORMED, DOWN, meeting + QKV_MADE
                 if kind == GATE_UP:
                     normed, before, made = meeting + NORMED_AGAIN, O, meeting + ACTIVATED
-                if matrix > 0:
+                if matrix > 0:             # the meeting before is that of the product to be added
                     gather(arrivals, normed - 1)
+                # in the words of the sums, which nobody needs now; matrices 0 and 2 of a layer
+                # have a norm before them
                 norm_tokens(ring, h, x, parts, plan[before, PARTS], embed, tokens, norms,
                             (matrix + 1) >> 1, eps)
                 arrive(arrivals, normed)
@@ -3627,30 +3642,29 @@ def make_forward_decode(D, N):
                 for i in range(ACCUMULATORS):
                     acc[i], acc_far[i] = ZERO, ZERO
                 for chunk in range(0, steps, X_STEPS):
-                    await_barrier(barriers, SLOT_FULL + slot, slot_parity)
+                    await_barrier(barriers, X_FULL + x_stage, x_parity)
                     for step in range(min(X_STEPS, steps - chunk)):
                         await_barrier(barriers, stage, parity)
                         rows_at = a_rows + stage * STAGE_WORDS
-                        tokens_at = first_slot + slot * SLOT_WORDS + step * (N * 32)
+                        tokens_at = first_x_stage + x_stage * X_STAGE_WORDS + step * (N * 32)
                         wgmma(acc, 0, ring, rows_at, ring, tokens_at, h)
                         if N > 128:
                             wgmma(acc_far, 0, ring, rows_at, ring, tokens_at + 128 * 32, h)
                         if lane == 0 and chunk + step > 0:     # of the step before, which is done
                             barrier_arrive(barriers, EMPTY + used_stage)
                             if step == 0:
-                                barrier_arrive(barriers, SLOT_EMPTY + used_slot)
+                                barrier_arrive(barriers, X_EMPTY + used_x_stage)
                         used_stage = stage
                         stage, parity = next_stage(stage, parity, stages)
-                    used_slot = slot
-                    slot, slot_parity = next_stage(slot, slot_parity, num_slots)
+                    used_x_stage = x_stage
+                    x_stage, x_parity = next_stage(x_stage, x_parity, num_x_stages)
                 wgmma_wait(acc, 0)
                 if N > 128:
                     wgmma_wait(acc_far, 0)
                 if lane == 0:
                     barrier_arrive(barriers, EMPTY + used_stage)
-                    barrier_arrive(barriers, SLOT_EMPTY + used_slot)
-                tile = int64(divide(uint32(item), uint32(plan[kind, PARTS])))
-                part = item - tile * plan[kind, PARTS]
+                    barrier_arrive(barriers, X_EMPTY + used_x_stage)
+                tile, part = tile_and_part(item, plan[kind, PARTS])
                 store_tile(acc, 0, kind, tile, part, plan[kind, ROWS], B, parts, flat_act,
                            flat_logits)
                 if N > 128:
@@ -3664,8 +3678,8 @@ def make_forward_decode(D, N):
     @cuda.jit(cache=True, **THREE_WARPGROUPS)
     def forward_decode_kernel(flat_logits, x, h, qkv, o, flat_act, kv_cache, parts, partial,
                               arrivals, tokens, positions, slots, rows, seq_lens, splits,
-                              block_tables, cos, sin, embed, norms, plan, maps, stages, num_slots,
-                              sum_words, eps):
+                              block_tables, cos, sin, embed, norms, plan, maps, stages,
+                              num_x_stages, sum_words, eps):
         """logits of one token for each request: embedding, all layers, norm and lm_head
 
         flat_logits      (B*V,)               f32        written
@@ -3681,10 +3695,11 @@ def make_forward_decode(D, N):
         cos, sin         (positions, D/2)     f32        read
         embed            (V, C)               as x       B rows read
         norms            (2L+1, C)            as x       read
-        plan, maps       (5, 4) i32, (8, 16) u64         read: see decode_plan, decode_maps
+        plan, maps       (5, 4) i32, (9, 16) u64         read: see decode_plan, decode_tables
         launch grid of one thread block for each multiprocessor, all there at once; thread block of
-               CONSUMERS threads and two warps
-        shared sum_words, then 1 KB to align, `stages` of STAGE_WORDS and num_slots of SLOT_WORDS
+               CONSUMERS threads and a warpgroup, two warps of which work
+        shared sum_words, then up to 1 KB to align, `stages` of STAGE_WORDS and
+               num_x_stages of X_STAGE_WORDS
         moves  E*W + 2*L*B*S*G*D*E bytes, does 2*B*W + 4*L*B*H*S*D flops: bandwidth-bound
         needs  see fits_persistent, sm_90a
         twin   forward_decode_ref      source  Megakernels (Hazy Research, 2025)
@@ -3701,19 +3716,19 @@ def make_forward_decode(D, N):
         if tid == 0:
             for stage in range(stages):
                 barrier_init(barriers, stage, uint32(1))
-                barrier_init(barriers, EMPTY + stage, uint32(CONSUMERS // WARP))
-            for slot in range(num_slots):
-                barrier_init(barriers, SLOT_FULL + slot, uint32(1))
-                barrier_init(barriers, SLOT_EMPTY + slot, uint32(CONSUMERS // WARP))
+                barrier_init(barriers, EMPTY + stage, uint32(DECODE_WARPS))
+            for x_stage in range(num_x_stages):
+                barrier_init(barriers, X_FULL + x_stage, uint32(1))
+                barrier_init(barriers, X_EMPTY + x_stage, uint32(DECODE_WARPS))
             barriers_ready()
         cuda.syncthreads()                 # else a thread uses a barrier that is not there yet
         start_next_kernel()
         if tid < CONSUMERS:
             many_registers()
             wait_for_inputs()
-            consume(ring, sums, first, stages, num_slots, barriers, plan, acc, acc_far, flat_logits,
-                    x, h, qkv, o, flat_act, kv_cache, parts, partial, arrivals, tokens, positions,
-                    slots, rows, seq_lens, splits, cos, sin, embed, norms, eps)
+            consume(ring, sums, first, stages, num_x_stages, barriers, plan, acc, acc_far,
+                    flat_logits, x, h, qkv, o, flat_act, kv_cache, parts, partial, arrivals, tokens,
+                    positions, slots, rows, seq_lens, splits, cos, sin, embed, norms, eps)
             # who leaves last, when nobody can be waiting any more, sets all counts back
             last = arrivals.shape[0] - 1
             if tid == 0 and add_acquire(arrivals, last, uint32(1)) == uint32(cuda.gridDim.x - 1):
@@ -3727,14 +3742,16 @@ def make_forward_decode(D, N):
                                splits)
             elif tid == CONSUMERS + WARP:
                 wait_for_inputs()
-                stream_tokens(ring, first + stages * STAGE_WORDS, num_slots, SLOT_WORDS, X_STEPS,
-                              barriers, plan, maps, num_matrices, arrivals, kv_cache.shape[4],
-                              splits, x.shape[0])
+                stream_tokens(ring, first + stages * STAGE_WORDS, num_x_stages, X_STAGE_WORDS,
+                              X_STEPS, barriers, plan, maps, num_matrices, arrivals,
+                              kv_cache.shape[4], splits, x.shape[0])
     return forward_decode_kernel
 
 
 FORWARD_DECODE = {(D, N): make_forward_decode(D, N) for D in PAGED_DECODE for N in DECODE_TOKENS}
-DECODE_TABLES = {}                         # plans and tensor maps, by the arrays they tell of
+# plans and tensor maps on the device, by the arrays they tell of; never freed, so that no thread
+# block has cached an older map of the same address
+DECODE_TABLES = {}
 
 
 def decode_tables(h, o, act, kv_cache, matrices, shape, N):
@@ -3780,16 +3797,16 @@ def forward_decode(logits, x, h, qkv, o, act, kv_cache, parts, partial, arrivals
     N = min(N for N in DECODE_TOKENS if N >= B)
     plan, maps = decode_tables(h, o, act, kv_cache, matrices, (H, G, D, C, F, V, L), N)
     sum_words = sum_words_of(H, G, D, C)
-    slot_words = x_steps_of(N) * N * 32
-    num_slots = min(MAX_SLOTS, max(3, SLOTS_WORDS // slot_words))
-    left = PERSISTENT_SHARED // 4 - sum_words - 256 - num_slots * slot_words
+    x_stage_words = x_steps_of(N) * N * 32
+    num_x_stages = min(MAX_X_STAGES, max(3, X_WORDS // x_stage_words))
+    left = PERSISTENT_SHARED // 4 - sum_words - 256 - num_x_stages * x_stage_words
     stages = min(MAX_STAGES, left // STAGE_WORDS)
     grid = 1 if SIMULATOR else cuda.get_current_device().MULTIPROCESSOR_COUNT
     threads = CONSUMERS + (2 if SIMULATOR else 4) * WARP       # a warpgroup has no half
     launch(FORWARD_DECODE[D, N], grid, threads, stream, PERSISTENT_SHARED, logits.reshape(B * V), x,
            h, qkv, o, act.reshape(B * F), kv_cache, parts, partial, arrivals, tokens, positions,
            slots, rows, seq_lens, splits, block_tables, cos, sin, embed, norms, plan, maps,
-           np.int32(stages), np.int32(num_slots), np.int32(sum_words), np.float32(eps))
+           np.int32(stages), np.int32(num_x_stages), np.int32(sum_words), np.float32(eps))
 
 
 def sum_words_of(H, G, D, C):
@@ -3805,10 +3822,13 @@ def fits_persistent(H, G, D, C, F, V, P):
             return f"{name} {value} is no multiple of 64"
     if V % 16:
         return f"vocab_size {V} is no multiple of 16"
-    if keys % P and P % keys:
-        return f"block_size {P} is neither a part nor a multiple of {keys}"
-    if (D not in PAGED_DECODE or keys * D > STAGE_WORDS or H // G > 16
-            or sum_words_of(H, G, D, C) > SUM_WORDS):
+    if D not in PAGED_DECODE:
+        return f"head_dim {D} is no multiple of 64 up to 256"
+    if SPLIT % P:                          # a split begins with a block
+        return f"block_size {P} is no part of {SPLIT}, the tokens of a split"
+    if keys > WARP * P:                    # a warp holds the block numbers of a stage
+        return f"block_size {P} is too small for head_dim {D}"
+    if keys * D > STAGE_WORDS or H // G > 16 or sum_words_of(H, G, D, C) > SUM_WORDS:
         return (f"hidden_size {C}, or head_dim {D} with {H // G} query heads for a KV head, leaves "
                 "no room in shared memory")
     return None
@@ -4029,7 +4049,8 @@ def kernel_row(name, twin, launcher, example, shapes, moves, does, mutation, **o
     """shapes: dimensions of small, hostile examples; moves, does: bytes and flops as formulas, the
     card's own; mutation: a wrong twin; types: of elements; workspace: arguments that only the
     launcher needs, or leaves with parts unwritten; roundings: to the element type, one upon the
-    other; needs: a GPU's compute capability, at least, and of 9 exactly."""
+    other; needs: compute capability; (9, 0) is Hopper alone, whose instructions no later GPU has.
+    """
     options = dict(types=("float32", "float16", "bfloat16"), workspace=(), roundings=1,
                    needs=(5, 0)) | options
     return SimpleNamespace(name=name, twin=twin, launcher=launcher, example=example, shapes=shapes,
@@ -4058,7 +4079,9 @@ MANY_TOKENS = () if SIMULATOR else (
     dict(L=1, contexts=tuple(range(1, 21)), **ONE_STEP, **WIDE),
     dict(L=1, contexts=tuple(range(500, 540)), **ONE_STEP, **WIDE),
     dict(L=1, contexts=(600, 3), **ONE_STEP | dict(D=128), **WIDE))
-STEPS_OF_DECODE = (dict(L=1, contexts=(1,), **ONE_STEP, **WIDE), *MANY_TOKENS,
+# more items than lanes, for the simulator's one thread block; blocks of more tokens than a stage
+MANY_ITEMS = dict(L=1, contexts=(3, 1, 2, 9, 4, 5, 6), D=64, V=64, P=64, H=5, G=5, C=64, F=64)
+STEPS_OF_DECODE = (dict(L=1, contexts=(1,), **ONE_STEP, **WIDE), *MANY_TOKENS, MANY_ITEMS,
                    dict(L=2, contexts=(7, 270, 3, 2, 1, 5, 6, 9, 4), **ONE_STEP, **WIDE))
 TENSOR = dict(types=("float16", "bfloat16"), needs=(8, 0))
 HOPPER = dict(types=("float16", "bfloat16"), needs=(9, 0))

@@ -701,8 +701,12 @@ def test_a_decode_step_as_one_kernel_gives_the_tokens_of_the_twins(tmp_path):
 def test_shapes_that_one_kernel_cannot_take_keep_the_kernels(small):
     assert kernels.fits_persistent(32, 8, 64, 2048, 8192, 128256, 16) is None      # Llama 3.2 1B
     assert kernels.fits_persistent(32, 8, 64, 2048, 8192, 128256, 256) is None     # large blocks
+    assert kernels.fits_persistent(32, 2, 64, 2048, 8192, 128256, 16) is None      # 16 heads share
     assert "vocab_size 128257" in kernels.fits_persistent(32, 8, 64, 2048, 8192, 128257, 16)
-    assert "block_size 24" in kernels.fits_persistent(32, 8, 64, 2048, 8192, 128256, 24)
+    for block_size in (24, 192, 1024):             # a split would not begin with a block
+        assert f"block_size {block_size} is no part of 512" in kernels.fits_persistent(
+            32, 8, 64, 2048, 8192, 128256, block_size)
+    assert "head_dim 80" in kernels.fits_persistent(32, 8, 80, 2560, 8192, 128256, 16)
     refuses(small, "a decode step cannot be one kernel here (hidden_size 16 is no multiple of",
             "use --kernels tensor", device=DEVICE, rung="persistent")
 
@@ -2087,6 +2091,51 @@ def test_the_demo_checkpoint_is_small():
     files = [path for path in (ROOT / "demo").iterdir()
              if path.suffix in (".safetensors", ".json", ".jsonl")]
     assert sum(path.stat().st_size for path in files) < 12e6
+
+
+# -----------------------------------------------------------------------------
+# The README: its commands run, its names exist
+
+
+def readme_commands():
+    """Every command of the README that needs neither a GPU nor a download, nor minutes as the
+    simulator does, and is no test run."""
+    text = (ROOT / "README.md").read_text()
+    commands = re.findall(r"^    ((?:cat [^|]*\| )?python .*?)(?:  +#.*)?$", text, re.MULTILINE)
+    commands += [" ".join(command.split()) for command in re.findall(r"`(python [^`]*)`", text)]
+    not_here = "meta-llama", "--kernels", "--enforce-eager", "--device sim", "-m pytest"
+    return [command for command in commands if not any(part in command for part in not_here)]
+
+
+@pytest.mark.parametrize("command", readme_commands())
+def test_a_command_of_the_readme_runs(command, tmp_path):
+    (tmp_path / "question.txt").write_text("What is a warp?\n")
+    for name in ("tinyvllm.py", "kernels_numba.py", "bench.py", "demo"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    path = os.pathsep.join([os.path.dirname(sys.executable), os.environ["PATH"]])
+    result = subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True,
+                            stdin=subprocess.DEVNULL, env=os.environ | {"PATH": path}, timeout=200)
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert result.stdout or "--chat" in command
+
+
+def test_every_test_run_of_the_readme_selects_tests():
+    names = re.findall(r"^def (test_\w+)", (ROOT / "test_tinyvllm.py").read_text(), re.MULTILINE)
+    rows = [f"test_kernel_equals_its_twin {row.name}" for row in kernels.KERNELS]
+    selected = re.findall(r"pytest -k \"([^\"]*)\"", (ROOT / "README.md").read_text())
+    assert len(selected) >= 6
+    for expression in selected:
+        words = re.sub(r"\b(?!and\b|or\b|not\b)\w+", r"('\g<0>' in name)", expression)
+        assert any(eval(words, {"name": name}) for name in names + rows), expression
+
+
+def test_every_name_that_the_readme_cites_exists():
+    sources = "".join((ROOT / name).read_text() for name in (
+        "tinyvllm.py", "kernels_numba.py", "bench.py", "test_tinyvllm.py"))
+    cited = set(re.findall(r"`((?:[A-Za-z]\w*\.)?[A-Za-z_]\w*)`", (ROOT / "README.md").read_text()))
+    missing = [name for name in sorted(cited - {"_decode", "name_ref"})        # parts of names
+               if not re.search(rf"\b{name.split('.')[-1]}\b", sources)]
+    assert len(cited) > 60 and not missing
 
 
 # -----------------------------------------------------------------------------
