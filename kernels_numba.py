@@ -4082,7 +4082,7 @@ MANY_TOKENS = () if SIMULATOR else (
 # more items than lanes, for the simulator's one thread block; blocks of more tokens than a stage
 MANY_ITEMS = dict(L=1, contexts=(3, 1, 2, 9, 4, 5, 6), D=64, V=64, P=64, H=5, G=5, C=64, F=64)
 STEPS_OF_DECODE = (dict(L=1, contexts=(1,), **ONE_STEP, **WIDE), *MANY_TOKENS, MANY_ITEMS,
-                   dict(L=2, contexts=(7, 270, 3, 2, 1, 5, 6, 9, 4), **ONE_STEP, **WIDE))
+                   dict(L=2, contexts=(7, 70, 3, 2, 1, 5, 6, 9, 4), **ONE_STEP, **WIDE))
 TENSOR = dict(types=("float16", "bfloat16"), needs=(8, 0))
 HOPPER = dict(types=("float16", "bfloat16"), needs=(9, 0))
 SCRATCH, PARTIAL = dict(workspace=(3,)), dict(workspace=(9,))

@@ -233,7 +233,7 @@ def test_the_demo_model_answers_as_in_transformers_live(demo):
         assert tokens_of(demo, [ids]) == [hf_greedy(torch, model, ids, GREEDY.max_tokens)]
 
 
-def test_a_deep_context_stays_equal(checkpoints):
+def test_a_deep_context_stays_equal_to_transformers(checkpoints):
     torch, model = hf_model(checkpoints("llama3 rope, newer spelling"))
     engine, ids = Engine(checkpoints("llama3 rope, newer spelling")), prompt_ids(100)
     deep = SamplingParams(temperature=0, max_tokens=400, ignore_eos=True)
@@ -691,7 +691,7 @@ def test_a_decode_step_as_one_kernel_gives_the_tokens_of_the_twins(tmp_path):
                     num_attention_heads=2, num_key_value_heads=1, head_dim=64, num_hidden_layers=2,
                     vocab_size=64, seed=5)
     ids = [prompt_ids(5, 64), prompt_ids(2, 64)]
-    params = SamplingParams(temperature=0, max_tokens=3, ignore_eos=True)
+    params = SamplingParams(temperature=0, max_tokens=2, ignore_eos=True)
     options = dict(block_size=4, max_model_len=8, max_num_seqs=2)
     engine, twins = (Engine(tmp_path, device=device, **options) for device in (DEVICE, "cpu"))
     assert engine.rung == "persistent"
