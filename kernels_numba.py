@@ -2154,8 +2154,12 @@ def locate(item, G, seq_lens, splits, rows, split):
     return b, int64(load_word(rows, b)), first, int64(load_word(seq_lens, b))
 
 
-def make_attention_sums(D):
-    """What every decode attention of a head_dim does with scores, and at the end with its sums."""
+def make_attention_sums(D, IN_ORDER):
+    """What every decode attention of a head_dim does with scores, and at the end with its sums.
+
+    IN_ORDER  fragment n of the accumulators has channels 8*n to 8*n + 7; otherwise those at n % 8
+              of each 8 channels from n // 8 * 64 on, as attend_splits leaves them
+    """
     OUTS = D // 8 * 4
 
     @cuda.jit(device=True)
@@ -2187,6 +2191,24 @@ def make_attention_sums(D):
                 p[2 + half] = pack(x[half * 2 + 4], x[half * 2 + 5], like)
 
     @cuda.jit(device=True)
+    def store_sums(sums, base, acc, m, l, R, scale):
+        """sums[base:] as (warp, r, D+2): channels in their order, then m and l."""
+        lane, warp = cuda.threadIdx.x % WARP, cuda.threadIdx.x // WARP
+        for half in range(2):
+            total = l[half] + shuffle_xor(l[half], 1)
+            total += shuffle_xor(total, 2)
+            r = lane // 4 + half * 8
+            if r < R:
+                at = base + (warp * R + r) * (D + 2)
+                for n in range(OUTS // 4):
+                    for i in range(2):
+                        channel = n * 8 + lane % 4 * 2 + i
+                        if not IN_ORDER:
+                            channel = n // 8 * 64 + (lane % 4 * 2 + i) * 8 + n % 8
+                        sums[at + channel] = acc[n * 4 + half * 2 + i]
+                sums[at + D], sums[at + D + 1] = m[half] * scale, total
+
+    @cuda.jit(device=True)
     def join_warps(out, partial, sums, base, b, g, j, R, only):
         """The sums of all warps, sums[base:] as (DECODE_WARPS, R, D+2), together: the attention of
         request b and KV head g itself if j is the context's only split, otherwise a part of it."""
@@ -2206,12 +2228,12 @@ def make_attention_sums(D):
                 partial[j, g * R + r, d] = o
                 if d == 0:
                     partial[j, g * R + r, D], partial[j, g * R + r, D + 1] = m, l
-    return add_scores, join_warps
+    return add_scores, store_sums, join_warps
 
 
 def make_attend_splits(D):
     """The device function for one head_dim, a multiple of 64 up to 256."""
-    add_scores, join_warps = make_attention_sums(D)
+    add_scores, store_sums, join_warps = make_attention_sums(D, IN_ORDER=False)
     VECTORS = D // 64                      # 16-byte pieces of a value row for a lane
     K_WORDS, Q_WORDS = D // 4, D // 16 * 4
     TILE_WORDS = 2 * K_WORDS               # of keys, then of values
@@ -2276,26 +2298,9 @@ def make_attend_splits(D):
                     mma(acc, (n * 8 + w * 2 + half) * 4, p, 0, b_words, 0, qkv)
 
     @cuda.jit(device=True)
-    def store_sums(sums, acc, m, l, R, scale):
-        """sums[warp, r, D+2]: channels back in their order, then m and l."""
-        lane, warp = cuda.threadIdx.x % WARP, cuda.threadIdx.x // WARP
-        for half in range(2):
-            total = l[half] + shuffle_xor(l[half], 1)
-            total += shuffle_xor(total, 2)
-            r = lane // 4 + half * 8
-            if r < R:
-                at = (warp * R + r) * (D + 2)
-                for n in range(OUTS // 4):
-                    for i in range(2):
-                        channel = n // 8 * 64 + (lane % 4 * 2 + i) * 8 + n % 8
-                        sums[at + channel] = acc[n * 4 + half * 2 + i]
-                sums[at + D], sums[at + D + 1] = m[half] * scale, total
-
-    @cuda.jit(device=True)
     def attend_splits(out, partial, sums, qkv, k_cache, v_cache, block_tables, rows, seq_lens,
-                      splits, split, b, row, first, S):
-        """Attention of every gridDim.x-th item; b, row, first, S are those of this thread block's
-        first one.
+                      splits, split):
+        """Attention of every gridDim.x-th item.
 
         A whole thread block works on an item, a warp on every DECODE_WARPS-th tile of 16 keys.
         While a tile is used the next is under way, even that of the next item.
@@ -2313,6 +2318,7 @@ def make_attend_splits(D):
         G, H, width = k_cache.shape[2], out.shape[1], DECODE_WARPS * 16
         R, items = int64(divide(uint32(H), uint32(G))), int64(load_word(splits, B)) * G
         item, stride = int64(cuda.blockIdx.x), int64(cuda.gridDim.x)
+        b, row, first, S = locate(item, G, seq_lens, splits, rows, split)
         j = int64(divide(uint32(item), uint32(G)))
         end, g = min(first + split, S), item - j * G
         if item < items:
@@ -2345,7 +2351,7 @@ def make_attend_splits(D):
                         load_tile(words, i * TILE_WORDS, k_cache, v_cache, block_tables, tile_row,
                                   tile_g, ahead + i * width, limit)
                 s += TILES * width
-            store_sums(sums, acc, m, l, R, scale)
+            store_sums(sums, 0, acc, m, l, R, scale)
             cuda.syncthreads()             # else a warp's sums are read before they are written
             only = load_word(splits, b + 1) - load_word(splits, b) == 1
             join_warps(out, partial, sums, 0, b, g, j, R, only)
@@ -2354,9 +2360,6 @@ def make_attend_splits(D):
                                            next_j)
             item += stride
     return attend_splits
-
-
-ATTEND_SPLITS = {D: make_attend_splits(D) for D in (64, 128, 192, 256)}
 
 
 @cuda.jit(device=True)
@@ -2376,7 +2379,7 @@ def merge_head(out, partial, splits, b, h, first, stride):
 
 def make_paged_decode(D):
     """The kernel for one head_dim."""
-    attend_splits = ATTEND_SPLITS[D]
+    attend_splits = make_attend_splits(D)
 
     @cuda.jit(cache=True)
     def paged_decode_kernel(out, partial, qkv, k_cache, v_cache, block_tables, rows, seq_lens,
@@ -2400,13 +2403,12 @@ def make_paged_decode(D):
         sums = cuda.shared.array(0, float32)
         start_next_kernel()
         wait_for_inputs()
-        b, row, first, S = locate(cuda.blockIdx.x, k_cache.shape[2], seq_lens, splits, rows, split)
         attend_splits(out, partial, sums, qkv, k_cache, v_cache, block_tables, rows, seq_lens,
-                      splits, split, b, row, first, S)
+                      splits, split)
     return paged_decode_kernel
 
 
-PAGED_DECODE = {D: make_paged_decode(D) for D in ATTEND_SPLITS}
+PAGED_DECODE = {D: make_paged_decode(D) for D in (64, 128, 192, 256)}
 
 
 @cuda.jit(cache=True)
@@ -3220,7 +3222,7 @@ def stream_weights(ring, first, stages, barriers, plan, maps, num_matrices, D, K
     for matrix in range(num_matrices):
         kind = kind_of(matrix, num_matrices)
         if kind == O:
-            wait_for_inputs()
+            wait_for_inputs()              # contexts, unlike weights, are other kernels' work
             item, stage, parity = stream_context(ring, first, stage, stages, parity, barriers, maps,
                                                  item, matrix >> 2, D, KEYS, G, P, block_tables,
                                                  rows, seq_lens, splits)
@@ -3280,10 +3282,10 @@ def stream_tokens(ring, first, x_stages, x_stage_words, x_steps, barriers, plan,
 
 def make_attend_stages(D):
     """Decode attention out of the ring: the device function for one head_dim."""
-    add_scores, join_warps = make_attention_sums(D)
+    add_scores, store_sums, join_warps = make_attention_sums(D, IN_ORDER=True)
     KEYS = keys_of_stage(D)
     TILES, CHUNKS = KEYS // 16, D // 8                 # of a stage; 16-byte pieces of a token
-    Q_WORDS, OUTS = D // 16 * 4, D // 8 * 4
+    Q_WORDS, OUTS = D // 16 * 4, D // 8 * 4            # registers of queries and of sums
     FRESH = ceil_div(2 * CHUNKS, WARP)
     FRESH_WORDS = FRESH * 4
 
@@ -3337,8 +3339,7 @@ def make_attend_stages(D):
         meet_warp()
 
     @cuda.jit(device=True)
-    def add_tile(acc, m, l, q, ring, at, row, box, x, p, words, R, first, end, scale,
-                 like):
+    def add_tile(acc, m, l, q, ring, at, row, box, x, p, words, R, first, end, scale, like):
         """16 keys, from `row` of a stage on, and their values."""
         lane = cuda.threadIdx.x % WARP
         for i in range(8):
@@ -3354,21 +3355,6 @@ def make_attend_stages(D):
                 row + lane % 16, pair * 2 + lane // 16, 1, box))
             mma(acc, pair * 8, p, 0, words, 0, like)
             mma(acc, pair * 8 + 4, p, 0, words, 2, like)
-
-    @cuda.jit(device=True)
-    def store_sums(sums, base, acc, m, l, R, scale):
-        """sums[base:] as (warp, r, D+2): channels, then m and l."""
-        lane, warp = cuda.threadIdx.x % WARP, cuda.threadIdx.x // WARP
-        for half in range(2):
-            total = l[half] + shuffle_xor(l[half], 1)
-            total += shuffle_xor(total, 2)
-            r = lane // 4 + half * 8
-            if r < R:
-                at = base + (warp * R + r) * (D + 2)
-                for n in range(D // 8):
-                    for i in range(2):
-                        sums[at + n * 8 + lane % 4 * 2 + i] = acc[n * 4 + half * 2 + i]
-                sums[at + D], sums[at + D + 1] = m[half] * scale, total
 
     @cuda.jit(device=True)
     def open_item(item, turn, b, key, S, G):
@@ -3450,12 +3436,16 @@ def x_steps_of(N):
     return max(1, min(4, 128 // N))
 
 
+def x_stage_words_of(N):
+    """Words of a stage of tokens: for each step 64 elements of each of N tokens."""
+    return x_steps_of(N) * N * 32
+
+
 def make_forward_decode(D, N):
     """The kernel for one head_dim and up to N tokens."""
     attend_stages, (wgmma, wgmma_wait) = make_attend_stages(D), WGMMA[min(N, 128)]
     KEYS, ACCUMULATORS = keys_of_stage(D), min(N, 128) // 2
-    X_STEPS = x_steps_of(N)
-    X_STAGE_WORDS = X_STEPS * N * 32                   # X_STEPS times 64 elements of each token
+    X_STEPS, X_STAGE_WORDS = x_steps_of(N), x_stage_words_of(N)
     NORM_TERMS, HEAD_TERMS = MAX_PARTS * 8, MAX_PARTS * 4
 
     @cuda.jit(device=True)
@@ -3608,12 +3598,12 @@ def make_forward_decode(D, N):
                 rotate_heads(qkv, k_cache, v_cache, parts, plan[QKV, PARTS], cos, sin, positions,
                              slots)
                 arrive(arrivals, meeting + ROTATED)
-                b, _, key, S = locate(item + lane * cuda.gridDim.x, G, seq_lens, splits, rows,
-                                      SPLIT)
+                lane_b, _, lane_key, lane_S = locate(item + lane * cuda.gridDim.x, G, seq_lens,
+                                                     splits, rows, SPLIT)
                 gather(arrivals, meeting + ROTATED)
                 item, stage, parity = attend_stages(
-                    o, partial, sums, ring, first, stage, stages, parity, barriers, item, b, key, S,
-                    qkv, k_cache, v_cache, slots, rows, seq_lens, splits)
+                    o, partial, sums, ring, first, stage, stages, parity, barriers, item, lane_b,
+                    lane_key, lane_S, qkv, k_cache, v_cache, slots, rows, seq_lens, splits)
                 if splits[B] > B:          # some context has several splits
                     arrive(arrivals, meeting + SPLITS_ATTENDED)
                     gather(arrivals, meeting + SPLITS_ATTENDED)
@@ -3797,9 +3787,9 @@ def forward_decode(logits, x, h, qkv, o, act, kv_cache, parts, partial, arrivals
     N = min(N for N in DECODE_TOKENS if N >= B)
     plan, maps = decode_tables(h, o, act, kv_cache, matrices, (H, G, D, C, F, V, L), N)
     sum_words = sum_words_of(H, G, D, C)
-    x_stage_words = x_steps_of(N) * N * 32
-    num_x_stages = min(MAX_X_STAGES, max(3, X_WORDS // x_stage_words))
-    left = PERSISTENT_SHARED // 4 - sum_words - 256 - num_x_stages * x_stage_words
+    num_x_stages = min(MAX_X_STAGES, max(3, X_WORDS // x_stage_words_of(N)))
+    # 256 words, for stages begin at a multiple of 1024 bytes
+    left = PERSISTENT_SHARED // 4 - sum_words - 256 - num_x_stages * x_stage_words_of(N)
     stages = min(MAX_STAGES, left // STAGE_WORDS)
     grid = 1 if SIMULATOR else cuda.get_current_device().MULTIPROCESSOR_COUNT
     threads = CONSUMERS + (2 if SIMULATOR else 4) * WARP       # a warpgroup has no half

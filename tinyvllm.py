@@ -1480,7 +1480,8 @@ class Engine:
         self.cached: dict[str, int] = {}           # since the last step was scheduled: prefix hits
         self.preempted: list[str] = []             # and whoever gave way
         self.on_step: Callable[[StepReport], None] | None = None   # told of each finished step
-        self.num_steps, self.reported_at, self.freed_before = 0, 0.0, 0
+        self.num_steps = 0
+        self.read_at, self.freed_before = 0.0, 0   # when the last step was read, blocks freed then
 
     def find_eos_token_ids(self, directory: Path) -> set[int]:
         """Those of config.json, generation_config.json and the tokenizer."""
@@ -2140,8 +2141,10 @@ class Engine:
             raise
         self.num_tokens[batch.kind] += batch.num_tokens
         self.num_steps += 1
-        if self.on_step:
-            self.on_step(self.report(batch))
+        report = self.report(batch) if self.on_step else None
+        self.read_at, self.freed_before = time.perf_counter(), self.allocator.counts["freed"]
+        if report:
+            self.on_step(report)
         return list(grown)
 
     def report(self, batch: Batch) -> StepReport:
@@ -2153,22 +2156,19 @@ class Engine:
         keys = sum(batch.seq_lens)                 # with their values, read once
         pairs = sum(count * end - count * (count - 1) // 2
                     for count, end in zip(batch.counts, batch.seq_lens))      # of query and key
-        now, freed = time.perf_counter(), self.allocator.counts["freed"]
         # on the GPU it began, at the earliest, when the step before ended
-        started = max(batch.started, self.reported_at)
-        report = StepReport(
-            self.num_steps, batch.kind, started, now - started,
+        started = max(batch.started, self.read_at)
+        return StepReport(
+            self.num_steps, batch.kind, started, time.perf_counter() - started,
             [(seq.name, count, end) for seq, count, end in zip(batch.sequences, batch.counts,
                                                                batch.seq_lens)],
-            batch.changes, freed - self.freed_before, batch.cached, batch.preempted,
-            len(self.running), len(self.waiting),
-            len(self.allocator.ref_counts) - len(self.allocator.free),
+            batch.changes, self.allocator.counts["freed"] - self.freed_before, batch.cached,
+            batch.preempted,
+            len(self.waiting), len(self.allocator.ref_counts) - len(self.allocator.free),
             len(self.allocator.ref_counts),
             (in_layers + lm_head + 2 * L * G * D * keys) * self.elements.itemsize,
             2 * in_layers * batch.num_tokens + 2 * lm_head * len(batch.ready)
             + 4 * L * H * D * pairs)
-        self.reported_at, self.freed_before = now, freed
-        return report
 
     def logprobs_of(self, logits: np.ndarray, token: int, count: int) -> dict[int, Logprob]:
         """The chosen token and the `count` likeliest (-1: all) of one row of raw logits."""
@@ -2403,7 +2403,6 @@ class StepReport:
     freed: int                                     # blocks, since the step before was read
     cached: dict[str, int]                         # request -> prompt tokens found in the cache
     preempted: list[str]                           # requests that gave their blocks back
-    num_running: int
     num_waiting: int
     blocks_in_use: int
     num_blocks: int
@@ -2430,15 +2429,12 @@ def measure_ceilings(engine: Engine) -> tuple[float, float]:
 
 def explain(report: StepReport, ceilings: tuple[float, float]) -> str:
     """A step in one line."""
-    names = [name for name, _, _ in report.members]
-    shown = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
-    if report.kind == "prefill":
-        who = ", ".join(f"{name} {end - count}..{end - 1}"
-                        for name, count, end in report.members[:8])
-        who = f"tokens of {who}" + (", ..." if len(names) > 8 else "")
-    else:
-        longest = max(end for _, _, end in report.members)
-        who = f"{len(names)} x 1 token of {shown}; longest context {longest}"
+    prefill, members = report.kind == "prefill", report.members
+    shown = ", ".join(f"{name} {end - count}..{end - 1}" if prefill else name
+                      for name, count, end in members[:8]) + ", ..." * (len(members) > 8)
+    longest = max(end for _, _, end in members)
+    who = (f"tokens of {shown}" if prefill else
+           f"{len(members)} x 1 token of {shown}; longest context {longest}")
     blocks = [f"{report.changes[change]} {change}" for change in ("taken", "shared", "evicted")
               if report.changes[change]]
     blocks += [f"{report.freed} freed"] * (report.freed > 0)
