@@ -92,6 +92,7 @@ def instruction(text, *operands, keep=True):
     "r" "f"              a value: one argument
     "global" "shared"    an address: two arguments, an array and a flat index into its elements
     "4r" "=4r" "+4f"     registers read, written, or both: two arguments, a local array and an index
+    "8x4r"               the same in 8 groups of 4, {0[0]}, {0[1]}, ...
     "dtype"              no operand: one argument, an array whose type replaces DTYPE in the text
 
     keep  it reads or writes memory, or waits: it must neither move nor vanish.
@@ -156,8 +157,9 @@ def emit_instruction(text, operands, keep, context, builder, arguments):
     """The inline assembly; its results, for registers are stored where they came from."""
     llvm_types = {"r": ir.IntType(32), "f": ir.FloatType()}
     names, outputs, inputs = place_operands(operands, context, builder, arguments)
-    for i in reversed(range(len(inputs))):             # LLVM numbers all outputs before all inputs
-        names = [name.replace(f"INPUT{i};", f"${len(outputs) + i}") for name in names]
+    text = text.format(*names)
+    for i in range(len(inputs)):                       # LLVM numbers all outputs before all inputs
+        text = text.replace(f"INPUT{i};", f"${len(outputs) + i}")
     constraints = ["=" + letter for letter, _ in outputs] + [letter for letter, _ in inputs]
     constraints += ["~{memory}"] * keep
     result_types = [llvm_types[letter] for letter, _ in outputs]
@@ -165,7 +167,7 @@ def emit_instruction(text, operands, keep, context, builder, arguments):
         else ir.LiteralStructType(result_types)
     values = [value for _, value in inputs]
     assembly = ir.InlineAsm(ir.FunctionType(result, [value.type for value in values]),
-                            text.format(*names), ",".join(constraints), side_effect=keep)
+                            text, ",".join(constraints), side_effect=keep)
     call = builder.call(assembly, values)
     produced = [call] if len(outputs) == 1 else [builder.extract_value(call, i)
                                                  for i in range(len(outputs))]
@@ -219,14 +221,16 @@ def place_operands(operands, context, builder, arguments):
         elif operand == "dtype":
             arguments.pop(0)
         else:
-            first, count = element(), int(operand.strip("=+rf"))
+            groups, size = map(int, f"1x{operand.strip('=+rf')}".split("x")[-2:])
+            first, count = element(), groups * size
             registers = [builder.gep(first, [ir.IntType(64)(i)]) for i in range(count)]
             if operand[0] == "+":
                 tied += [(str(len(outputs) + i), builder.load(registers[i])) for i in range(count)]
             written = operand[0] in "=+"
             parts = [output(letter, register) if written else input_(letter, builder.load(register))
                      for register in registers]
-            names.append("{" + ", ".join(parts) + "}")
+            braces = ["{" + ", ".join(parts[i:i + size]) + "}" for i in range(0, count, size)]
+            names.append(braces if groups > 1 else braces[0])
     return names, outputs, inputs + tied
 
 
@@ -346,6 +350,13 @@ def exp2(x):
     """2 ** x, to 2 bits of the last place; 0 for -inf."""
     with np.errstate(over="ignore"):
         return np.exp2(np.float32(x))
+
+
+@instruction("rcp.approx.ftz.f32 {0}, {1};", "=f", "f", keep=False)
+def inverse(x):
+    """1 / x, to the last place; 0 for inf. A division is twenty instructions."""
+    with np.errstate(divide="ignore"):
+        return np.float32(1) / np.float32(x)
 
 
 @instruction("rsqrt.approx.ftz.f32 {0}, {1};", "=f", "f", keep=False)
@@ -474,23 +485,32 @@ def load_matrices_transposed(words, w, array, i):
     words[w:w + 4] = together((array, int(i)), lambda given: matrices_of(given, True))
 
 
-def multiply_fragments(given, kind):
-    """Simulator: gathers the fragments of a warp into A (16, 16) and B (8, 16), and multiplies."""
-    a, b = np.empty((16, 16), np.float32), np.empty((8, 16), np.float32)
-    for lane, (_, a_words, b_words) in enumerate(given):
+def gather_a(words_of_lanes, kind):
+    """Simulator: A (16, 16) float32 from the four words that each lane holds of it."""
+    a = np.empty((16, 16), np.float32)
+    for lane, words in enumerate(words_of_lanes):
         row, column = lane // 4, lane % 4 * 2
-        halves = np.array(a_words, np.uint32).view(kind).astype(np.float32)
+        halves = np.array(words, np.uint32).view(kind).astype(np.float32)
         for i in range(4):                             # upper left, lower left, right, lower right
             a[row + i % 2 * 8, column + i // 2 * 8:][:2] = halves[2 * i:2 * i + 2]
-        halves = np.array(b_words, np.uint32).view(kind).astype(np.float32)
-        b[row, column:column + 2], b[row, column + 8:column + 10] = halves[:2], halves[2:]
-    product = a @ b.T                                                          # (16, 8)
-    results = []
-    for lane, (c, _, _) in enumerate(given):
+    return a
+
+
+def deal_c(product):
+    """Simulator: of C (16, N), what each lane holds, (WARP, N / 2)."""
+    halves = product.reshape(2, 8, -1, 4, 2)           # half, row, n, lane % 4, i
+    return halves.transpose(1, 3, 2, 0, 4).reshape(WARP, -1)
+
+
+def multiply_fragments(given, kind):
+    """Simulator: gathers the fragments of a warp into A (16, 16) and B (8, 16), and multiplies."""
+    b = np.empty((8, 16), np.float32)
+    for lane, (_, _, words) in enumerate(given):
         row, column = lane // 4, lane % 4 * 2
-        own = [*product[row, column:column + 2], *product[row + 8, column:column + 2]]
-        results.append(np.asarray(c, np.float32) + np.array(own, np.float32))
-    return results
+        halves = np.array(words, np.uint32).view(kind).astype(np.float32)
+        b[row, column:column + 2], b[row, column + 8:column + 10] = halves[:2], halves[2:]
+    product = gather_a([words for _, words, _ in given], kind) @ b.T               # (16, 8)
+    return [c + own for (c, _, _), own in zip(given, deal_c(product))]
 
 
 @instruction("mma.sync.aligned.m16n8k16.row.col.f32.DTYPE.DTYPE.f32 {0}, {1}, {2}, {0};",
@@ -713,14 +733,24 @@ def make_wgmma(N):
     """The instructions for a warpgroup, 4 warps, and N columns."""
     # a descriptor: address / 16 (bits 16 to 29, unused with this swizzle, are 1), 1024 bytes
     # between groups of 8 rows, swizzle of 128 bytes; 16 elements further along is 2 more
-    text = "{{.reg .b32 a, b; .reg .b64 x, y;\nwgmma.fence.sync.aligned;\n"
-    for k in range(4):
-        text += (f"shr.u32 a, {{1}}, 4; add.u32 a, a, {0x10000 + 2 * k}; "
-                 f"shr.u32 b, {{2}}, 4; add.u32 b, b, {0x10000 + 2 * k};\n"
-                 f"mov.b64 x, {{{{a, {0x40000040}}}}}; mov.b64 y, {{{{b, {0x40000040}}}}};\n"
-                 f"wgmma.mma_async.sync.aligned.m64n{N}k16.f32.DTYPE.DTYPE {{0}}, x, y, "
-                 "1, 1, 1, 0, 0;\n")
-    text += "wgmma.commit_group.sync.aligned;\nwgmma.wait_group.sync.aligned 1;}}"
+    steps = [f"shr.u32 a, {{1}}, 4; add.u32 a, a, {0x10000 + 2 * k}; "
+             f"shr.u32 b, {{2}}, 4; add.u32 b, b, {0x10000 + 2 * k};\n"
+             f"mov.b64 x, {{{{a, {0x40000040}}}}}; mov.b64 y, {{{{b, {0x40000040}}}}};\n"
+             f"wgmma.mma_async.sync.aligned.m64n{N}k16.f32.DTYPE.DTYPE {{0}}, x, y, "
+             "ADDED, 1, 1, 0, 0;\n" for k in range(4)]
+    text = ("{{.reg .b32 a, b; .reg .b64 x, y;\nwgmma.fence.sync.aligned;\n" + "".join(steps)
+            + "wgmma.commit_group.sync.aligned;\nwgmma.wait_group.sync.aligned 1;}}")
+
+    def product(a, j, b, k, like):
+        """Simulator: A (64, 64) @ B (N, 64)^T, dealt out."""
+        kind = np.float16 if like.dtype == np.float16 else ml_dtypes.bfloat16
+        warp = threading.current_thread().thread_id // WARP % 4
+
+        def multiply(_):
+            wide = [rows_of(words, at, rows).view(kind).astype(np.float32)
+                    for words, at, rows in ((a, j + warp * 16 * 32, 16), (b, k, N))]
+            return deal_c(wide[0] @ wide[1].T)
+        return together(None, multiply)
 
     def wgmma(c, i, a, j, b, k, like):
         """C (64, N) f32 += A (64, 64) @ B (N, 64)^T of 16-bit elements; A and B lie in shared
@@ -730,25 +760,71 @@ def make_wgmma(N):
         warp w, lane l of the warpgroup holds of each 8 columns, in c[i + 4*n : i + 4*n + 4],
         row 16*w + l//4 at columns 8*n + 2*(l%4) and the next, then the same of 8 rows further
         """
-        kind = np.float16 if like.dtype == np.float16 else ml_dtypes.bfloat16
-        warp = threading.current_thread().thread_id // WARP % 4
+        c[i:i + N // 2] += product(a, j, b, k, like)
 
-        def multiply(given):
-            wide = [rows_of(words, at, rows).view(kind).astype(np.float32)
-                    for words, at, rows in ((a, j + warp * 16 * 32, 16), (b, k, N))]
-            product = (wide[0] @ wide[1].T).reshape(2, 8, N // 8, 4, 2)   # half, row, n, lane%4
-            dealt = product.transpose(1, 3, 2, 0, 4).reshape(WARP, N // 2)
-            return [np.asarray(c) + own for c, own in zip(given, dealt)]
-        c[i:i + N // 2] = together(c[i:i + N // 2].copy(), multiply)
+    def wgmma_first(c, i, a, j, b, k, like):
+        """The same, but C = A @ B^T."""
+        c[i:i + N // 2] = product(a, j, b, k, like)
 
     def wgmma_wait(c, i):
         """C of all wgmma before is there."""
-    wgmma.__name__, wgmma_wait.__name__ = f"wgmma_{N}", f"wgmma_wait_{N}"
-    return (instruction(text, f"+{N // 2}f", "shared", "shared", "dtype")(wgmma),
-            instruction("// {0}\nwgmma.wait_group.sync.aligned 0;", f"+{N // 2}f")(wgmma_wait))
+    for function in (wgmma, wgmma_first, wgmma_wait):
+        function.__name__ += f"_{N}"
+    operands = "shared", "shared", "dtype"
+    return SimpleNamespace(
+        add=instruction(text.replace("ADDED", "1"), f"+{N // 2}f", *operands)(wgmma),
+        first=instruction(text.replace("ADDED", "0", 1).replace("ADDED", "1"), f"={N // 2}f",
+                          *operands)(wgmma_first),
+        wait=instruction("// {0}\nwgmma.wait_group.sync.aligned 0;", f"+{N // 2}f")(wgmma_wait))
 
 
-WGMMA = {N: make_wgmma(N) for N in (8, 16, 32, 64, 128)}
+WGMMA = {N: make_wgmma(N) for N in (8, 16, 32, 64, 128, 192, 256)}
+
+
+def make_wgmma_from_registers(N, ROWS):
+    """The instruction for a warpgroup whose A comes from its registers; B is (ROWS, N)."""
+    # 64 columns lie in one box of ROWS rows, the next 64 in another; 1024 bytes between 8 rows
+    text = "{{.reg .b32 b; .reg .b64 y;\nwgmma.fence.sync.aligned;\n"
+    for step in range(ROWS // 16):
+        text += (f"shr.u32 b, {{2}}, 4; add.u32 b, b, {(ROWS * 8 << 16) + step * 128}; "
+                 f"mov.b64 y, {{{{b, {0x40000040}}}}};\n"
+                 f"wgmma.mma_async.sync.aligned.m64n{N}k16.f32.DTYPE.DTYPE {{0}}, {{1[{step}]}}, y, "
+                 "1, 1, 1, 1;\n")
+    text += "wgmma.commit_group.sync.aligned;}}"
+
+    def wgmma(c, i, a, j, b, k, like):
+        """C (64, N) f32 += A (64, ROWS) @ B (ROWS, N) of 16-bit elements; B lies in shared memory as
+        boxes left it. C is there, and A may change, after wgmma_wait.
+
+        warp w holds rows 16*w to 16*w + 15 of C as the other wgmma does, and of A, 16 columns in
+        four words, as `mma` does
+        """
+        kind = np.float16 if like.dtype == np.float16 else ml_dtypes.bfloat16
+        wide = np.concatenate([rows_of(b, k + panel * ROWS * 32, ROWS) for panel in range(N // 64)],
+                              axis=1).view(kind).astype(np.float32)                # (ROWS, N)
+
+        def multiply(given):
+            fragments = [gather_a([words[step * 4:step * 4 + 4] for words in given], kind)
+                         for step in range(ROWS // 16)]                            # (16, 16) each
+            return deal_c(np.concatenate(fragments, axis=1) @ wide)
+        c[i:i + N // 2] += together(a[j:j + ROWS // 4].copy(), multiply)
+    wgmma.__name__ = f"wgmma_{N}_from_registers_{ROWS}"
+    return instruction(text, f"+{N // 2}f", f"{ROWS // 16}x4r", "shared", "dtype")(wgmma)
+
+
+@cuda.jit(device=True)
+def await_barrier(barriers, i, parity):
+    """Waits for the end of the barrier's phase of that parity."""
+    while barrier_passed(barriers, i, parity) == uint32(0):
+        pass
+
+
+@cuda.jit(device=True)
+def next_stage(stage, parity, stages):
+    """The place after this one in a ring, and the parity of its phase."""
+    if stage + 1 == stages:
+        return 0, uint32(parity ^ uint32(1))
+    return stage + 1, parity
 
 
 # Programmatic dependent launch: a kernel may begin while the one before it still runs. Invariant:
@@ -872,6 +948,25 @@ def block_sum(value, threads):
     return total
 
 
+@cuda.jit(device=True)
+def transpose_quad(words):
+    """Lane q of four gives its words[i] to lane i of them, as that one's words[q]."""
+    lane = uint32(cuda.threadIdx.x % WARP)
+    odd, far = lane & 1, lane & 2
+    for i in range(0, 4, 2):
+        given = shuffle(words[i] if odd else words[i + 1], lane ^ uint32(1))
+        if odd:
+            words[i] = given
+        else:
+            words[i + 1] = given
+    for i in range(2):
+        given = shuffle(words[i] if far else words[i + 2], lane ^ uint32(2))
+        if far:
+            words[i] = given
+        else:
+            words[i + 2] = given
+
+
 # -----------------------------------------------------------------------------
 # 3. Gather and elementwise: embedding, add, SwiGLU           (lessons 4 and 7)
 #
@@ -951,7 +1046,7 @@ def silu_mul_ref(out, gate_up):
 
 @cuda.jit(device=True)
 def silu(x):
-    return x / (ONE + exp2(-x * LOG2E))
+    return x * inverse(ONE + exp2(-x * LOG2E))
 
 
 @cuda.jit(cache=True)
@@ -1388,6 +1483,184 @@ def matmul_tensor(out, x, weight, stream=0, gated=False):
 def matmul_silu_mul_tensor(out, x, weight, scratch, stream=0):
     """The gate and up products meet in registers: scratch is not needed."""
     matmul_tensor(out, x, weight, stream, gated=True)
+
+
+# ---- fourth rung: Hopper ----
+#
+# One thread fills a ring of stages, each a tile of x and one of weight, 64 along K; two warpgroups
+# multiply them where they lie, 64 tokens each. A thread block stays, and takes one tile of out after
+# the other: the ring is full again before the last sums of a tile are stored.
+
+WGMMA_T, RING_STAGES = 128, 4               # tokens of a tile
+RING_GROUP = 16                            # tiles of tokens that share a tile of weight in the L2
+RING_EMPTY = RING_STAGES                   # barriers: full[i] from 0 on, empty[i] from here on
+RING_BARRIERS = 2 * RING_STAGES
+WGMMA_WARPS = 8
+
+
+def wgmma_stage_words(TILE_N):
+    return (WGMMA_T + TILE_N) * 32
+
+
+def make_matmul_wgmma(TILE_N, GATED):
+    """The kernel for tiles of TILE_N rows of weight; GATED folds SwiGLU into its last stage."""
+    wgmma, wgmma_wait = WGMMA[TILE_N].add, WGMMA[TILE_N].wait
+    STAGE, ACCUMULATORS = wgmma_stage_words(TILE_N), TILE_N // 2
+
+    @cuda.jit(device=True)
+    def tile_of(item, tiles_t, tiles_n):
+        """(t, n) of a tile: RING_GROUP tiles of tokens by all of weight, then the next tokens."""
+        group = int64(divide(uint32(item), uint32(RING_GROUP * tiles_n)))
+        first = group * RING_GROUP
+        height, rest = min(RING_GROUP, tiles_t - first), item - first * tiles_n
+        n = int64(divide(uint32(rest), uint32(height)))
+        return first + rest - n * height, n
+
+    @cuda.jit(device=True)
+    def fill_ring(ring, first, barriers, x_map, weight_map, tiles_t, tiles_n, steps):
+        stage, parity = 0, uint32(1)
+        for item in range(cuda.blockIdx.x, tiles_t * tiles_n, cuda.gridDim.x):
+            t, n = tile_of(item, tiles_t, tiles_n)
+            for step in range(steps):
+                await_barrier(barriers, RING_EMPTY + stage, parity)
+                barrier_expect(barriers, stage, uint32(STAGE * 4))
+                at, k = first + stage * STAGE, uint32(step * 64)
+                copy_box_3d(ring, at, x_map, 0, k, uint32(t * WGMMA_T), uint32(0), barriers, stage)
+                if GATED:
+                    copy_box_5d(ring, at + WGMMA_T * 32, weight_map, 0, k, uint32(0), uint32(0),
+                                uint32(n * (TILE_N // 16)), uint32(0), barriers, stage)
+                else:
+                    copy_box_3d(ring, at + WGMMA_T * 32, weight_map, 0, k, uint32(n * TILE_N),
+                                uint32(0), barriers, stage)
+                stage, parity = next_stage(stage, parity, RING_STAGES)
+
+    @cuda.jit(device=True)
+    def store_tile(out, acc, t, n):
+        """Lane l holds columns 2*(l%4) and the next of rows l//4 and l//4 + 8 of each 8 columns; four
+        lanes turn 32 columns so that each stores 16 bytes: memory takes whole sectors of 32."""
+        words = cuda.local.array(4, uint32)
+        T, N = out.shape
+        t += cuda.threadIdx.x // WARP * 16 + cuda.threadIdx.x % WARP // 4
+        n += cuda.threadIdx.x % 4 * 8
+        for half in range(2):
+            at = t * N + n
+            for j in range(0, TILE_N // (16 if GATED else 8), 4):
+                for i in range(4):
+                    if GATED:              # 8 columns of gate stand beside the same 8 of up
+                        c = (j + i) * 8 + half * 2
+                        words[i] = pack(silu(acc[c]) * acc[c + 4], silu(acc[c + 1]) * acc[c + 5],
+                                        out)
+                    else:
+                        c = (j + i) * 4 + half * 2
+                        words[i] = pack(acc[c], acc[c + 1], out)
+                transpose_quad(words)
+                if t < T and n + j * 8 < N:
+                    store_16_bytes(out, at + j * 8, words, 0)
+            t += 8
+
+    @cuda.jit(cache=True, **THREE_WARPGROUPS)
+    def matmul_wgmma_kernel(out, x_map, weight_map, steps, tiles_t, tiles_n):
+        """out[t,n] = sum_k x[t,k] * weight[n,k], or silu of the gate half times the up half
+
+        out        (T, N) f16 bf16   written; (T, N/2) where gated
+        x_map, weight_map (16,) u64  read: of boxes of WGMMA_T and TILE_N rows
+        launch grid of one thread block for each multiprocessor, thread block of WGMMA_WARPS warps
+               and a warpgroup, one thread of which works; a warpgroup owns 64 tokens of a tile, in
+               registers
+        shared up to 1 KB to align, then RING_STAGES stages of 128 tokens and TILE_N rows of weight
+        moves  E*(T*N + T*K + N*K) bytes, does 2*T*N*K flops: compute-bound
+        needs  K % 8 == 0, N % 8 == 0 (16 where gated), sm_90a   (asserted in the launcher)
+        twin   matmul_ref, matmul_silu_mul_ref
+        """
+        ring = cuda.shared.array(0, uint32)
+        barriers = cuda.shared.array(RING_BARRIERS, uint64)
+        acc = cuda.local.array(ACCUMULATORS, float32)
+        tid = cuda.threadIdx.x
+        # subtle: the order of the pieces in a box comes from the address, so a stage begins at a
+        # multiple of 1024 bytes
+        first = ((1024 - (shared_address(ring, 0) & 1023)) & 1023) // 4
+        if tid == 0:
+            for stage in range(RING_STAGES):
+                barrier_init(barriers, stage, uint32(1))
+                barrier_init(barriers, RING_EMPTY + stage, uint32(WGMMA_WARPS))
+            barriers_ready()
+        cuda.syncthreads()                 # else a thread uses a barrier that is not there yet
+        start_next_kernel()
+        wait_for_inputs()
+        if tid >= WGMMA_WARPS * WARP:
+            few_registers()
+            if tid == WGMMA_WARPS * WARP:
+                fill_ring(ring, first, barriers, x_map, weight_map, tiles_t, tiles_n, steps)
+            return
+        many_registers()
+        lane, rows = tid % WARP, first + tid // (4 * WARP) * 64 * 32       # of x, in stage 0
+        stage, parity, used = 0, uint32(0), 0
+        for item in range(cuda.blockIdx.x, tiles_t * tiles_n, cuda.gridDim.x):
+            for i in range(ACCUMULATORS):
+                acc[i] = ZERO
+            for step in range(steps):
+                await_barrier(barriers, stage, parity)
+                wgmma(acc, 0, ring, rows + stage * STAGE, ring, first + stage * STAGE + WGMMA_T * 32,
+                      out)
+                if lane == 0 and step > 0:             # of the step before, which is done
+                    barrier_arrive(barriers, RING_EMPTY + used)
+                used = stage
+                stage, parity = next_stage(stage, parity, RING_STAGES)
+            wgmma_wait(acc, 0)
+            if lane == 0:
+                barrier_arrive(barriers, RING_EMPTY + used)
+            t, n = tile_of(item, tiles_t, tiles_n)
+            store_tile(out, acc, t * WGMMA_T, n * (TILE_N // 2 if GATED else TILE_N))
+    return matmul_wgmma_kernel
+
+
+WGMMA_TILES = (64,) if SIMULATOR else (64, 128, 192, 256)
+MATMUL_WGMMA = {(TILE_N, gated): make_matmul_wgmma(TILE_N, gated)
+               for TILE_N in WGMMA_TILES for gated in (False, True)}
+TENSOR_MAPS = {}                             # tensor maps on the device, see DECODE_TABLES
+
+
+def map_on_device(array, *description):
+    """The tensor map of an array on the device, made once for each place and shape."""
+    key = address_of(array), array.shape, description
+    if key not in TENSOR_MAPS:
+        words = np.array(tensor_map(array, *description), np.uint64)
+        TENSOR_MAPS[key] = words if SIMULATOR else cuda.to_device(words)
+    return TENSOR_MAPS[key]
+
+
+def pick_wgmma_tile(T, N, multiprocessors):
+    """The tile with which the busiest multiprocessor is done first: it takes as long as the copies
+    of a step or as its sums, and a tile that is stored is as much as 4 steps."""
+    def cost(TILE_N):
+        tiles = ceil_div(T, WGMMA_T) * ceil_div(N, TILE_N)
+        return ceil_div(tiles, multiprocessors) * max(TILE_N, 64 + TILE_N // 2)
+    return min(reversed(WGMMA_TILES), key=cost)
+
+
+def matmul_wgmma(out, x, weight, stream=0, gated=False):
+    T, N, K = matmul_shapes(out, x, weight, gated)
+    unit = 16 if gated else 8
+    assert K % 8 == 0 and N % unit == 0, f"K {K} must be a multiple of 8, N {N} of {unit}"
+    multiprocessors = 1 if SIMULATOR else cuda.get_current_device().MULTIPROCESSOR_COUNT
+    TILE_N = pick_wgmma_tile(T, N, multiprocessors)
+    x_map = map_on_device(x, (K, T, 1), (1, K, T * K), (64, WGMMA_T, 1))
+    if gated:                              # 8 rows of gate, the same 8 of up, then the next
+        weight_map = map_on_device(weight, (K, 8, 2, N // 16, 1),
+                                   (1, K, N // 2 * K, 8 * K, N * K), (64, 8, 2, TILE_N // 16, 1))
+    else:
+        weight_map = map_on_device(weight, (K, N, 1), (1, K, N * K), (64, TILE_N, 1))
+    tiles_t, tiles_n = ceil_div(T, WGMMA_T), ceil_div(N, TILE_N)
+    threads = WGMMA_WARPS * WARP + (WARP if SIMULATOR else 4 * WARP)      # a warpgroup has no half
+    shared = 1024 + 4 * RING_STAGES * wgmma_stage_words(TILE_N)
+    launch(MATMUL_WGMMA[TILE_N, gated], min(multiprocessors, tiles_t * tiles_n), threads, stream,
+           shared, out, x_map, weight_map, np.int32(ceil_div(K, 64)), np.int32(tiles_t),
+           np.int32(tiles_n))
+
+
+def matmul_silu_mul_wgmma(out, x, weight, scratch, stream=0):
+    """The gate and up products meet in registers: scratch is not needed."""
+    matmul_wgmma(out, x, weight, stream, gated=True)
 
 
 # ---- decode, first rung: a warp for an output ----
@@ -2126,6 +2399,263 @@ def attention_tiled(out, qkv, k_cache, v_cache, block_tables, rows, query_starts
     grid = (min(T, T // queries + len(seq_lens)), H)
     launch(ATTENTION_TILED[D], grid, WARP * ATTENTION_WARPS, stream, 8 * keys * (D + 8), out, qkv,
            k_cache, v_cache, block_tables, rows, query_starts, seq_lens)
+
+
+# ---- fourth rung, prefill: Hopper ----
+#
+# A warpgroup fills a ring of stages, each a tile of keys and values; two others own 64 queries each.
+# The tensor cores work for one of them while the other takes exponents.
+
+FLASH_QUERIES, FLASH_KEYS = 128, 128
+FLASH_HEADS = (64,) if SIMULATOR else (64, 128)
+FLASH_STAGES = {64: 4, 128: 3}
+# barriers: full[i] from 0 on, empty[i] and turn[warpgroup] from here on
+FLASH_EMPTY, FLASH_TURN, FLASH_BARRIERS = 4, 8, 10
+
+
+def flash_shared(D):
+    """Bytes of shared memory: the queries, and stages of keys and values; 1 KB to align."""
+    return 1024 + 2 * D * (FLASH_QUERIES + 2 * FLASH_STAGES[D] * FLASH_KEYS)
+
+
+def make_attention_wgmma(D):
+    """The kernel for one head_dim."""
+    KEYS, STAGES, PANELS = FLASH_KEYS, FLASH_STAGES[D], D // 64
+    scores_first, scores_add, scores_wait = (WGMMA[KEYS].first, WGMMA[KEYS].add,
+                                             WGMMA[KEYS].wait)
+    sums_wait = WGMMA[D].wait
+    wgmma_from_registers = make_wgmma_from_registers(D, KEYS)
+    SCORES, OUTS, WEIGHTS = KEYS // 2, D // 2, KEYS // 4
+    PANEL = KEYS * 32                      # words of 64 channels of all keys
+    STAGE = 2 * PANELS * PANEL             # keys, then values
+    QUERIES = FLASH_QUERIES * PANELS * 32  # words
+    PRODUCERS = 4 * WARP                   # eight of them copy a row
+    ROWS, ROWS_APART = KEYS * 8 // PRODUCERS, PRODUCERS // 8
+
+    @cuda.jit(device=True)
+    def fill_ring(ring, first, barriers, k_cache, v_cache, table, g, S, num_tiles):
+        """Copies tiles of keys and values into the ring; beyond the context, zeros. Piece q of
+        row r lies at q ^ (r % 8), as the copy engine would leave it."""
+        P, G = k_cache.shape[1], k_cache.shape[2]
+        piece, row = cuda.threadIdx.x % 8, cuda.threadIdx.x % PRODUCERS // 8
+        place = first + row * 32 + (piece ^ (row & 7)) * 4
+        sources = cuda.local.array(ROWS, int64)
+        stage, parity = 0, uint32(1)
+        for tile in range(num_tiles):
+            # all block numbers on their way at once, before there is room
+            for i in range(ROWS):
+                s = min(tile * KEYS + row + i * ROWS_APART, S - 1)
+                block = int64(divide(uint32(s), uint32(P)))
+                sources[i] = ((table[block] * P + s - block * P) * G + g) * D + piece * 8
+            await_barrier(barriers, FLASH_EMPTY + stage, parity)
+            for i in range(ROWS):
+                size = uint32(16 if tile * KEYS + row + i * ROWS_APART < S else 0)
+                at = place + stage * STAGE + i * ROWS_APART * 32
+                for panel in range(PANELS):
+                    copy_async(ring, at + panel * PANEL, k_cache, sources[i] + panel * 64, size)
+                    copy_async(ring, at + (PANELS + panel) * PANEL, v_cache,
+                               sources[i] + panel * 64, size)
+            copies_commit()
+            if tile > 0:
+                copies_wait_but_1()
+                fence_shared()             # tensor cores read what the threads' copies wrote
+                barrier_arrive(barriers, stage - 1 if stage > 0 else STAGES - 1)
+            stage, parity = next_stage(stage, parity, STAGES)
+        copies_wait_all()
+        fence_shared()
+        barrier_arrive(barriers, stage - 1 if stage > 0 else STAGES - 1)
+
+    @cuda.jit(device=True)
+    def load_queries(ring, first, qkv, h, first_t, end_t):
+        """A warp's 16 queries, in the order of boxes; past the end the last one, never stored."""
+        words = cuda.local.array(4, uint32)
+        lane, warp, heads = cuda.threadIdx.x % WARP, cuda.threadIdx.x // WARP, qkv.shape[1]
+        for i in range(4 * PANELS):
+            row, piece = warp * 16 + i % 4 * 4 + lane // 8, lane % 8
+            t = min(first_t + row, end_t - 1)
+            load_16_bytes(words, 0, qkv, (t * heads + h) * D + i // 4 * 64 + piece * 8)
+            store_shared(ring, first + i // 4 * (FLASH_QUERIES * 32) + row * 32
+                         + (piece ^ (row & 7)) * 4, words, 0)
+
+    @cuda.jit(device=True)
+    def multiply_keys(x, ring, q, keys, like):
+        """Starts x = q @ k.T."""
+        scores_first(x, 0, ring, q, ring, keys, like)
+        for panel in range(1, PANELS):
+            scores_add(x, 0, ring, q + panel * (FLASH_QUERIES * 32), ring, keys + panel * PANEL,
+                       like)
+
+    @cuda.jit(device=True)
+    def weigh(x, m, l, rescales, first, position, scale):
+        """Online softmax of a lane's scores for keys from `first` on, at its two positions: x
+        becomes weights, the sums so far are to be multiplied by `rescales`. The four lanes of a
+        quad share their rows."""
+        lane = cuda.threadIdx.x % WARP
+        # the causal mask, needed only where a tile reaches beyond the warp's first query
+        if first + KEYS - 1 > position - lane // 4:
+            for n in range(KEYS // 8):
+                for i in range(4):
+                    if first + n * 8 + lane % 4 * 2 + i % 2 > position + i // 2 * 8:
+                        x[n * 4 + i] = NEG_INF
+        for half in range(2):
+            new_m = m[half]
+            for n in range(KEYS // 8):
+                new_m = max(new_m, max(x[n * 4 + half * 2], x[n * 4 + half * 2 + 1]))
+            new_m = max(new_m, shuffle_xor(new_m, 1))
+            new_m = max(new_m, shuffle_xor(new_m, 2))
+            rescales[half], shift = exp2((m[half] - new_m) * scale), new_m * scale
+            m[half] = new_m
+            total = ZERO
+            for n in range(KEYS // 8):
+                low = exp2(x[n * 4 + half * 2] * scale - shift)
+                high = exp2(x[n * 4 + half * 2 + 1] * scale - shift)
+                x[n * 4 + half * 2], x[n * 4 + half * 2 + 1] = low, high
+                total += low + high
+            l[half] = l[half] * rescales[half] + total
+
+    @cuda.jit(device=True)
+    def pack_weights(p, x, like):
+        """The fragment that came out of one product goes into the next as it is."""
+        for n in range(KEYS // 4):
+            p[n] = pack(x[n * 2], x[n * 2 + 1], like)
+
+    @cuda.jit(cache=True, **THREE_WARPGROUPS)
+    def attention_wgmma_kernel(out, qkv, k_cache, v_cache, block_tables, rows, query_starts,
+                               seq_lens):
+        """FlashAttention: scores of a tile of queries and keys live and die in registers
+
+        out              (T, H, D)         f16 bf16   written
+        qkv              (T, H+2G, D)      as out     q read
+        k_cache, v_cache (blocks, P, G, D) as out     read once for each tile of queries of a head
+        block_tables     (rows, blocks)    i32        read
+        rows, seq_lens   (B,)              i32        read
+        query_starts     (B+1,)            i32        read
+        launch grid (H, tiles of queries), thread block of WGMMA_WARPS warps, 16 queries each, and a
+               warpgroup that copies
+        shared flash_shared(D) bytes: a tile of queries, stages of keys and values
+        moves  2*T*H*D*E + 2*T*H*S*D*E/QUERIES bytes, does 4*T*H*S*D flops: compute-bound
+        needs  D in FLASH_HEADS   (else the launcher takes the rung below), sm_90a
+        twin   paged_attention_ref      paper  arXiv:2307.08691, arXiv:2407.08608
+        """
+        # fragments: x (KEYS / 8, 4), acc (D / 8, 4); of the 4, half * 2 + i is row
+        # l//4 + 8 * half of the warp and column 2*(l%4) + i
+        ring = cuda.shared.array(0, uint32)
+        barriers = cuda.shared.array(FLASH_BARRIERS, uint64)
+        x = cuda.local.array(SCORES, float32)
+        acc = cuda.local.array(OUTS, float32)
+        p = cuda.local.array(WEIGHTS, uint32)
+        m = cuda.local.array(2, float32)
+        l = cuda.local.array(2, float32)
+        rescales = cuda.local.array(2, float32)
+        words = cuda.local.array(4, uint32)
+        tid, lane, warp = cuda.threadIdx.x, cuda.threadIdx.x % WARP, cuda.threadIdx.x // WARP
+        # subtle: tensor cores take the order of the pieces in a row from the address
+        first = ((1024 - (shared_address(ring, 0) & 1023)) & 1023) // 4
+        if tid == 0:
+            for stage in range(STAGES):
+                barrier_init(barriers, stage, uint32(PRODUCERS))
+                barrier_init(barriers, FLASH_EMPTY + stage, uint32(WGMMA_WARPS))
+            for group in range(2):
+                barrier_init(barriers, FLASH_TURN + group, uint32(4))
+            barriers_ready()
+        cuda.syncthreads()                 # else a thread uses a barrier that is not there yet
+        start_next_kernel()
+        wait_for_inputs()
+        h, H, G, B = cuda.blockIdx.x, out.shape[1], k_cache.shape[2], seq_lens.shape[0]
+        g = h // (H // G)
+        # this thread block's tile: the requests' tiles are counted off one after another, from the
+        # last on, for it is the longest of its request
+        b, tile = B - 1, cuda.blockIdx.y
+        while b >= 0 and tile >= ceil_div_int(query_starts[b + 1] - query_starts[b], FLASH_QUERIES):
+            tile -= ceil_div_int(query_starts[b + 1] - query_starts[b], FLASH_QUERIES)
+            b -= 1
+        if b < 0:
+            return
+        end_t = query_starts[b + 1]
+        count = end_t - query_starts[b]
+        tile = ceil_div_int(count, FLASH_QUERIES) - 1 - tile
+        first_t = query_starts[b] + tile * FLASH_QUERIES
+        context = seq_lens[b] - (end_t - first_t)              # position of the tile's first query
+        S = min(context + FLASH_QUERIES, seq_lens[b])          # keys that its last query sees
+        num_tiles = ceil_div_int(S, KEYS)
+        if warp >= WGMMA_WARPS:
+            few_registers()
+            fill_ring(ring, first + QUERIES, barriers, k_cache, v_cache, block_tables[rows[b]], g,
+                      S, num_tiles)
+            return
+        many_registers()
+        load_queries(ring, first, qkv, h, first_t, end_t)
+        fence_shared()
+        meet(WGMMA_WARPS * WARP)
+        for half in range(2):
+            m[half], l[half] = NEG_INF, ZERO
+        for i in range(OUTS):
+            acc[i] = ZERO
+        scale = LOG2E / math.sqrt(float32(D))
+        q, position = first + warp // 4 * (64 * 32), context + warp * 16 + lane // 4
+        keys, values = first + QUERIES, first + QUERIES + PANELS * PANEL
+        stage, parity = 0, uint32(0)
+        group, turn = warp // 4, uint32(1 - warp // 4)
+        await_barrier(barriers, 0, parity)
+        await_barrier(barriers, FLASH_TURN + group, turn)
+        multiply_keys(x, ring, q, keys, out)
+        scores_wait(x, 0)
+        if lane == 0:
+            barrier_arrive(barriers, FLASH_TURN + 1 - group)
+        weigh(x, m, l, rescales, 0, position, scale)
+        pack_weights(p, x, out)
+        for j in range(1, num_tiles):
+            used = stage
+            stage, parity = next_stage(stage, parity, STAGES)
+            turn ^= uint32(1)
+            # the tensor cores are for one warpgroup at a time, the sums of the tile before and the
+            # scores of this one; then for the other, while these scores become weights
+            await_barrier(barriers, stage, parity)
+            await_barrier(barriers, FLASH_TURN + group, turn)
+            multiply_keys(x, ring, q, keys + stage * STAGE, out)
+            wgmma_from_registers(acc, 0, p, 0, ring, values + used * STAGE, out)
+            scores_wait(x, 0)
+            sums_wait(acc, 0)
+            if lane == 0:
+                barrier_arrive(barriers, FLASH_TURN + 1 - group)
+                barrier_arrive(barriers, FLASH_EMPTY + used)
+            weigh(x, m, l, rescales, j * KEYS, position, scale)
+            for n in range(D // 8):
+                for i in range(4):
+                    acc[n * 4 + i] *= rescales[i // 2]
+            pack_weights(p, x, out)
+        wgmma_from_registers(acc, 0, p, 0, ring, values + stage * STAGE, out)
+        sums_wait(acc, 0)
+
+        for half in range(2):
+            total = l[half] + shuffle_xor(l[half], 1)
+            total = inverse(total + shuffle_xor(total, 2))
+            t = first_t + warp * 16 + half * 8 + lane // 4
+            for n in range(0, D // 8, 4):
+                for i in range(4):
+                    c = (n + i) * 4 + half * 2
+                    words[i] = pack(acc[c] * total, acc[c + 1] * total, out)
+                transpose_quad(words)
+                if t < end_t:
+                    store_16_bytes(out, (t * H + h) * D + (n + lane % 4) * 8, words, 0)
+    return attention_wgmma_kernel
+
+
+ATTENTION_WGMMA = {D: make_attention_wgmma(D) for D in FLASH_HEADS}
+
+
+def attention_wgmma(out, qkv, k_cache, v_cache, block_tables, rows, query_starts, seq_lens,
+                    *workspace, stream=0):
+    T, H, G, D = attention_shapes(out, qkv, k_cache, v_cache)
+    if D not in ATTENTION_WGMMA:
+        attention_tiled(out, qkv, k_cache, v_cache, block_tables, rows, query_starts, seq_lens,
+                        stream=stream)
+        return
+    # tiles do not span requests: at most one for each request is not full
+    grid = (H, min(T, T // FLASH_QUERIES + len(seq_lens)))
+    threads = WGMMA_WARPS * WARP + 4 * WARP
+    launch(ATTENTION_WGMMA[D], grid, threads, stream, flash_shared(D), out, qkv, k_cache, v_cache,
+           block_tables, rows, query_starts, seq_lens)
 
 
 # ---- decode: a warp walks tiles of 16 keys for R query heads at once ----
@@ -3116,13 +3646,6 @@ def gather(arrivals, meeting):
 
 
 @cuda.jit(device=True)
-def await_barrier(barriers, i, parity):
-    """Waits for the end of the barrier's phase of that parity."""
-    while barrier_passed(barriers, i, parity) == uint32(0):
-        pass
-
-
-@cuda.jit(device=True)
 def kind_of(matrix, num_matrices):
     """Which matmul of a layer the n-th matrix of all is."""
     return LM_HEAD if matrix + 1 == num_matrices else matrix & 3
@@ -3133,14 +3656,6 @@ def tile_and_part(item, parts):
     """What an item of a matrix is: 128 of its rows by a part of its K."""
     tile = int64(divide(uint32(item), uint32(parts)))
     return tile, item - tile * parts
-
-
-@cuda.jit(device=True)
-def next_stage(stage, parity, stages):
-    """The place after this one in a ring, and the parity of its phase."""
-    if stage + 1 == stages:
-        return 0, uint32(parity ^ uint32(1))
-    return stage + 1, parity
 
 
 def keys_of_stage(D):
@@ -3443,7 +3958,8 @@ def x_stage_words_of(N):
 
 def make_forward_decode(D, N):
     """The kernel for one head_dim and up to N tokens."""
-    attend_stages, (wgmma, wgmma_wait) = make_attend_stages(D), WGMMA[min(N, 128)]
+    attend_stages, wgmma = make_attend_stages(D), WGMMA[min(N, 128)].add
+    wgmma_wait = WGMMA[min(N, 128)].wait
     KEYS, ACCUMULATORS = keys_of_stage(D), min(N, 128) // 2
     X_STEPS, X_STAGE_WORDS = x_steps_of(N), x_stage_words_of(N)
     NORM_TERMS, HEAD_TERMS = MAX_PARTS * 8, MAX_PARTS * 4
@@ -4050,6 +4566,8 @@ def kernel_row(name, twin, launcher, example, shapes, moves, does, mutation, **o
 TC = (dict(T=1, C=1), dict(T=3, C=50), dict(T=2, C=300))
 MATMULS = (dict(T=1, N=1, K=1), dict(T=3, N=50, K=7), dict(T=2, N=33, K=65))
 TENSOR_MATMULS = (dict(T=1, N=16, K=8), dict(T=19, N=48, K=88), dict(T=33, N=32, K=264))
+WGMMA_MATMULS = (dict(T=1, N=16, K=8), dict(T=19, N=48, K=88),
+                 dict(T=140, N=32, K=328) if SIMULATOR else dict(T=2700, N=1040, K=776))
 STREAMED_MATMULS = (dict(T=1, N=1, K=8), dict(T=3, N=50, K=40), dict(T=10, N=18, K=600))
 ROTATIONS = (dict(T=1, heads=1, D=2), dict(T=4, heads=3, D=26))
 WRITES = (dict(T=1, H=1, G=1, D=2, P=1), dict(T=3, H=4, G=2, D=70, P=4))
@@ -4059,6 +4577,11 @@ ATTENTIONS = (dict(H=1, G=1, D=6, **MIXED), dict(H=4, G=2, D=40, **MIXED),
               dict(H=6, G=1, D=6, **MIXED))
 TILED_ATTENTIONS = (dict(H=1, G=1, D=16, **MIXED),
                     dict(H=2, G=1, D=48, P=16, contexts=(90, 18), queries=(18, 5)))
+WGMMA_ATTENTIONS = (dict(H=1, G=1, D=64, **MIXED),
+                    dict(H=2, G=1, D=64, P=16, contexts=(170, 18), queries=(40, 5)),
+                    *(() if SIMULATOR else (
+                        dict(H=4, G=2, D=64, P=16, contexts=(1100, 300, 7), queries=(700, 300, 1)),
+                        dict(H=4, G=2, D=128, P=32, contexts=(900, 300), queries=(500, 129)))))
 DECODES = (dict(H=1, G=1, D=64, P=16, contexts=(1,), queries=(1,)),
            dict(H=6, G=2, D=64, P=4, contexts=(5, 40), queries=(1, 1)),
            dict(H=16, G=1, D=64, P=16, contexts=(270,), queries=(1,)))
@@ -4101,6 +4624,11 @@ KERNELS = (
     kernel_row("matmul tensor SwiGLU", matmul_silu_mul_ref, matmul_silu_mul_tensor,
                matmul_silu_mul_example, TENSOR_MATMULS, MATMUL_MOVES, MATMUL_DOES, without_last_k,
                **TENSOR, **SCRATCH),
+    kernel_row("matmul wgmma", matmul_ref, matmul_wgmma, matmul_example, WGMMA_MATMULS,
+               MATMUL_MOVES, MATMUL_DOES, without_last_k, **HOPPER),
+    kernel_row("matmul wgmma SwiGLU", matmul_silu_mul_ref, matmul_silu_mul_wgmma,
+               matmul_silu_mul_example, WGMMA_MATMULS, MATMUL_MOVES, MATMUL_DOES, without_last_k,
+               **HOPPER, **SCRATCH),
     kernel_row("matmul warp", matmul_ref, matmul_warp, matmul_example, MATMULS, MATMUL_MOVES,
                MATMUL_DOES, without_last_k),
     kernel_row("matmul streamed", matmul_ref, matmul_streamed, matmul_example, STREAMED_MATMULS,
@@ -4122,6 +4650,9 @@ KERNELS = (
     kernel_row("attention tiled", paged_attention_ref, attention_tiled, attention_example,
                TILED_ATTENTIONS, "2*T*H*D*E + 2*T*H*S*D*E/QUERIES", "4*T*H*S*D", late_by_one,
                **TENSOR),
+    kernel_row("attention wgmma", paged_attention_ref, attention_wgmma, attention_example,
+               WGMMA_ATTENTIONS, "2*T*H*D*E + 2*T*H*S*D*E/QUERIES", "4*T*H*S*D", late_by_one,
+               **HOPPER),
     kernel_row("paged decode", paged_attention_ref, paged_decode, whole_contexts_example, DECODES,
                "2*B*S*G*D*E", "4*B*H*S*D", unscaled, **TENSOR, **PARTIAL),
     kernel_row("paged decode split", paged_attention_ref, paged_decode_split, attention_example,
@@ -4175,7 +4706,9 @@ RUNGS = {
         matmul_silu_mul=matmul_silu_mul_tensor, matmul_silu_mul_decode=matmul_silu_mul_streamed,
         attention=attention_tiled, attention_decode=attention_decode),
 }
-RUNGS["persistent"] = operations(**vars(RUNGS["tensor"]), forward_decode=forward_decode)
+RUNGS["wgmma"] = operations(**vars(RUNGS["tensor"]) | dict(
+    matmul=matmul_wgmma, matmul_silu_mul=matmul_silu_mul_wgmma, attention=attention_wgmma))
+RUNGS["persistent"] = operations(**vars(RUNGS["wgmma"]), forward_decode=forward_decode)
 
 
 def fits_tensor_cores(H, G, D, C, F):
