@@ -621,6 +621,14 @@ def barrier_expect(barriers, i, size):
     all_barriers[this].change(1, int(size))
 
 
+@instruction("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [{0}];", "shared")
+def barrier_arrive_after_copies(barriers, i):
+    """One of the arrivals of this phase, when all copy_async of this thread have landed. Who reads
+    them with tensor cores calls fence_shared when the phase has ended."""
+    all_barriers, this = mbarriers(barriers, i)
+    all_barriers[this].change(1, 0)
+
+
 @instruction("{{.reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [{1}], {2}; "
              "selp.u32 {0}, 1, 0, p;}}", "=r", "shared", "r")
 def barrier_passed(barriers, i, parity):
@@ -653,7 +661,8 @@ def fence_copies():
 
 @instruction("fence.proxy.async.shared::cta;")
 def fence_shared():
-    """What this thread read or wrote in shared memory is before what the copy engine writes."""
+    """What this thread wrote in shared memory, or has seen of others, is there for tensor cores and
+    the copy engine; what it read, is before what the copy engine writes."""
 
 
 def address_of(array):
@@ -1159,6 +1168,63 @@ def add_rmsnorm(out, x, delta, weight, eps, stream=0):
     add_rmsnorm_kernel[x.shape[0], THREADS, stream](out, x, delta, weight, np.float32(eps))
 
 
+WIDE_CHUNKS = 4                            # of 8 channels for a thread: C up to 32 * THREADS
+WIDE_WORDS = 4 * WIDE_CHUNKS
+
+
+@cuda.jit(cache=True)
+def add_rmsnorm_wide_kernel(out, x, delta, weight, eps):
+    """add_rmsnorm_kernel with 16 bytes in each load, and the token in registers between its passes
+
+    out    (T, C) f16 bf16   written
+    x      (T, C) as out     read and written
+    delta  (T, C) as out     read
+    weight (C,)   as out     read
+    launch grid T, thread block THREADS; one thread block owns one token
+    shared 4*WARP bytes: a partial sum of squares for each warp
+    moves  4*T*C*E + C*E bytes, does 5*T*C flops: bandwidth-bound
+    needs  C % 8 == 0, C <= 32 * THREADS   (else the launcher takes the kernel above)
+    twin   add_rmsnorm_ref      paper  arXiv:1910.07467
+    """
+    words = cuda.local.array(WIDE_WORDS, uint32)
+    other = cuda.local.array(4, uint32)    # of delta, then of weight
+    start_next_kernel()
+    wait_for_inputs()
+    t, C, squares = cuda.blockIdx.x, x.shape[1], ZERO
+    for chunk in range(WIDE_CHUNKS):
+        c = (chunk * THREADS + cuda.threadIdx.x) * 8
+        if c < C:
+            load_16_bytes(words, chunk * 4, x, t * C + c)
+            load_16_bytes(other, 0, delta, t * C + c)
+            for i in range(4):
+                w = chunk * 4 + i
+                words[w] = pack(low_element(words[w], x) + low_element(other[i], x),
+                                high_element(words[w], x) + high_element(other[i], x), x)
+                low, high = low_element(words[w], x), high_element(words[w], x)
+                squares += low * low + high * high
+            store_16_bytes(x, t * C + c, words, chunk * 4)
+    scale = ONE / math.sqrt(block_sum(squares, cuda.blockDim.x) / float32(C) + eps)
+    for chunk in range(WIDE_CHUNKS):
+        c = (chunk * THREADS + cuda.threadIdx.x) * 8
+        if c < C:
+            load_16_bytes(other, 0, weight, c)
+            for i in range(4):
+                w = chunk * 4 + i
+                normed = pack(low_element(words[w], x) * scale, high_element(words[w], x) * scale, x)
+                words[w] = pack(low_element(normed, x) * low_element(other[i], x),
+                                high_element(normed, x) * high_element(other[i], x), x)
+            store_16_bytes(out, t * C + c, words, chunk * 4)
+
+
+def add_rmsnorm_wide(out, x, delta, weight, eps, stream=0):
+    T, C = x.shape
+    if C % 8 or C > 8 * WIDE_CHUNKS * THREADS:
+        add_rmsnorm(out, x, delta, weight, eps, stream)
+        return
+    assert out.shape == x.shape == delta.shape and weight.shape == (C,), (out.shape, delta.shape)
+    add_rmsnorm_wide_kernel[T, THREADS, stream](out, x, delta, weight, np.float32(eps))
+
+
 # -----------------------------------------------------------------------------
 # 5. Matmul                                                     (lessons 8 and 9)
 #
@@ -1212,6 +1278,10 @@ def launch(kernel, grid, threads, stream, shared, *arguments):
             driver.CUdevice(cuda.get_current_device().id))
         assert error == driver.CUresult.CUDA_SUCCESS, f"{shared} bytes of shared memory: {error}"
     kernel[grid, threads, stream, shared](*arguments)
+
+
+def num_multiprocessors():
+    return 1 if SIMULATOR else cuda.get_current_device().MULTIPROCESSOR_COUNT
 
 
 # ---- first rung: one thread for an output ----
@@ -1642,7 +1712,7 @@ def matmul_wgmma(out, x, weight, stream=0, gated=False):
     T, N, K = matmul_shapes(out, x, weight, gated)
     unit = 16 if gated else 8
     assert K % 8 == 0 and N % unit == 0, f"K {K} must be a multiple of 8, N {N} of {unit}"
-    multiprocessors = 1 if SIMULATOR else cuda.get_current_device().MULTIPROCESSOR_COUNT
+    multiprocessors = num_multiprocessors()
     TILE_N = pick_wgmma_tile(T, N, multiprocessors)
     x_map = map_on_device(x, (K, T, 1), (1, K, T * K), (64, WGMMA_T, 1))
     if gated:                              # 8 rows of gate, the same 8 of up, then the next
@@ -2019,6 +2089,65 @@ def rope_write_kv(qkv, k_cache, v_cache, cos, sin, positions, slots, stream=0):
     assert positions.shape == slots.shape == (T,), (qkv.shape, positions.shape, slots.shape)
     grid, threads = (T, ceil_div(heads, ROPE_HEADS)), (WARP, ROPE_HEADS)
     rope_write_kv_kernel[grid, threads, stream](qkv, k_cache, v_cache, cos, sin, positions, slots)
+
+
+@cuda.jit(cache=True)
+def rope_write_kv_wide_kernel(qkv, k_cache, v_cache, cos, sin, positions, slots):
+    """rope_write_kv_kernel with 16 bytes in each load and store
+
+    qkv              (T, H+2G, D)      f16 bf16   q, k and v read, q and k written
+    k_cache, v_cache (blocks, P, G, D) as qkv     T slots written
+    cos, sin         (positions, D/2)  f32        one row read per token
+    positions, slots (T,)              i32        read
+    launch grid T, thread block THREADS; one thread owns 8 channels of each half of a head
+    moves  2*T*(H+2*G)*D*E + T*G*D*E bytes, does 3*T*(H+G)*D flops: bandwidth-bound
+    needs  D % 16 == 0   (asserted in the launcher)
+    twin   rope_write_kv_ref      paper  arXiv:2104.09864, arXiv:2309.06180
+    """
+    lows = cuda.local.array(4, uint32)
+    highs = cuda.local.array(4, uint32)
+    c = cuda.local.array(8, float32)
+    s = cuda.local.array(8, float32)
+    start_next_kernel()
+    wait_for_inputs()
+    t, heads, half, G = cuda.blockIdx.x, qkv.shape[1], cos.shape[1], k_cache.shape[2]
+    position, slot, D, H = positions[t], int64(slots[t]), 2 * half, heads - 2 * G
+    for unit in range(cuda.threadIdx.x, heads * (half // 8), THREADS):
+        h = int64(divide(uint32(unit), uint32(half // 8)))
+        i = (unit - h * (half // 8)) * 8
+        at = (t * heads + h) * D + i
+        load_16_bytes(lows, 0, qkv, at)
+        load_16_bytes(highs, 0, qkv, at + half)
+        if h < H + G:
+            for n in range(0, 8, 4):
+                load_4_floats(c, n, cos, position * half + i + n)
+                load_4_floats(s, n, sin, position * half + i + n)
+            for n in range(4):
+                low, low_1 = low_element(lows[n], qkv), high_element(lows[n], qkv)
+                high, high_1 = low_element(highs[n], qkv), high_element(highs[n], qkv)
+                lows[n] = pack(low * c[2 * n] - high * s[2 * n],
+                               low_1 * c[2 * n + 1] - high_1 * s[2 * n + 1], qkv)
+                highs[n] = pack(high * c[2 * n] + low * s[2 * n],
+                                high_1 * c[2 * n + 1] + low_1 * s[2 * n + 1], qkv)
+            store_16_bytes(qkv, at, lows, 0)
+            store_16_bytes(qkv, at + half, highs, 0)
+        if h >= H:
+            cache, g = k_cache, h - H
+            if h >= H + G:
+                cache, g = v_cache, h - H - G
+            at = (slot * G + g) * D + i
+            store_16_bytes(cache, at, lows, 0)
+            store_16_bytes(cache, at + half, highs, 0)
+
+
+def rope_write_kv_wide(qkv, k_cache, v_cache, cos, sin, positions, slots, stream=0):
+    (T, heads, D), G = qkv.shape, k_cache.shape[2]
+    assert k_cache.shape == v_cache.shape and k_cache.shape[3] == D and heads > 2 * G, (
+        qkv.shape, k_cache.shape, v_cache.shape)
+    assert cos.shape == sin.shape and 2 * cos.shape[1] == D, (qkv.shape, cos.shape, sin.shape)
+    assert positions.shape == slots.shape == (T,), (qkv.shape, positions.shape, slots.shape)
+    assert D % 16 == 0, f"head_dim is {D}, expected a multiple of 16"
+    rope_write_kv_wide_kernel[T, THREADS, stream](qkv, k_cache, v_cache, cos, sin, positions, slots)
 
 
 # -----------------------------------------------------------------------------
@@ -2403,87 +2532,125 @@ def attention_tiled(out, qkv, k_cache, v_cache, block_tables, rows, query_starts
 
 # ---- fourth rung, prefill: Hopper ----
 #
-# A warpgroup fills a ring of stages, each a tile of keys and values; two others own 64 queries each.
-# The tensor cores work for one of them while the other takes exponents.
+# A thread block stays, and takes one tile of 128 queries of a head after the other. A warpgroup
+# copies: queries, and a ring of stages, each a tile of keys and values; it is ahead, also from one
+# tile of queries to the next. Two other warpgroups own 64 queries each; the tensor cores work for
+# one of them while the other takes exponents.
 
 FLASH_QUERIES, FLASH_KEYS = 128, 128
 FLASH_HEADS = (64,) if SIMULATOR else (64, 128)
-FLASH_STAGES = {64: 4, 128: 3}
-# barriers: full[i] from 0 on, empty[i] and turn[warpgroup] from here on
-FLASH_EMPTY, FLASH_TURN, FLASH_BARRIERS = 4, 8, 10
+FLASH_STAGES, FLASH_SLOTS = {64: 4, 128: 3}, {64: 2, 128: 1}           # of keys; of queries
+# barriers: full[i] from 0 on, empty[i], empty[slot] and turn[warpgroup] from here on
+FLASH_EMPTY, FLASH_SLOT_EMPTY, FLASH_TURN, FLASH_BARRIERS = 4, 8, 10, 12
 
 
 def flash_shared(D):
-    """Bytes of shared memory: the queries, and stages of keys and values; 1 KB to align."""
-    return 1024 + 2 * D * (FLASH_QUERIES + 2 * FLASH_STAGES[D] * FLASH_KEYS)
+    """Bytes of shared memory: tiles of queries, stages of keys and values; 1 KB to align."""
+    return 1024 + 2 * D * (FLASH_SLOTS[D] * FLASH_QUERIES + 2 * FLASH_STAGES[D] * FLASH_KEYS)
+
+
+@cuda.jit(device=True)
+def tiles_of_request(b, query_starts):
+    return ceil_div_int(query_starts[b + 1] - query_starts[b], FLASH_QUERIES)
+
+
+@cuda.jit(device=True)
+def find_tile(turn, b, before, H, query_starts):
+    """The turn-th tile of this thread block: (its request b, or -1 if there is none; the tiles of
+    requests behind b; which tile of b; head). Tiles are counted off from the end, for the last one
+    of a request sees the most keys; thread blocks take them to and fro, so that all have as much
+    to do. b and before are those of the turn before."""
+    place = cuda.blockIdx.x if turn % 2 == 0 else cuda.gridDim.x - 1 - cuda.blockIdx.x
+    item = turn * cuda.gridDim.x + place
+    tile = int64(divide(uint32(item), uint32(H)))
+    h = item - tile * H
+    while b >= 0 and tile - before >= tiles_of_request(b, query_starts):
+        before += tiles_of_request(b, query_starts)
+        b -= 1
+    if b >= 0:
+        tile = tiles_of_request(b, query_starts) - 1 - (tile - before)
+    return b, before, tile, h
+
+
+@cuda.jit(device=True)
+def place_tile(b, tile, query_starts, seq_lens):
+    """Of a tile of queries: the first one, the end of its request, the first one's position, and
+    how many keys the last one sees."""
+    first_t, end_t = query_starts[b] + tile * FLASH_QUERIES, query_starts[b + 1]
+    context = seq_lens[b] - (end_t - first_t)
+    return first_t, end_t, context, min(context + FLASH_QUERIES, int64(seq_lens[b]))
 
 
 def make_attention_wgmma(D):
     """The kernel for one head_dim."""
-    KEYS, STAGES, PANELS = FLASH_KEYS, FLASH_STAGES[D], D // 64
-    scores_first, scores_add, scores_wait = (WGMMA[KEYS].first, WGMMA[KEYS].add,
-                                             WGMMA[KEYS].wait)
-    sums_wait = WGMMA[D].wait
+    KEYS, STAGES, SLOTS, PANELS = FLASH_KEYS, FLASH_STAGES[D], FLASH_SLOTS[D], D // 64
+    scores_first, scores_add = WGMMA[KEYS].first, WGMMA[KEYS].add
+    scores_wait, sums_wait = WGMMA[KEYS].wait, WGMMA[D].wait
     wgmma_from_registers = make_wgmma_from_registers(D, KEYS)
     SCORES, OUTS, WEIGHTS = KEYS // 2, D // 2, KEYS // 4
-    PANEL = KEYS * 32                      # words of 64 channels of all keys
-    STAGE = 2 * PANELS * PANEL             # keys, then values
-    QUERIES = FLASH_QUERIES * PANELS * 32  # words
+    PANEL = KEYS * 32                      # words of 64 channels of all keys, or of all queries
+    STAGE, SLOT = 2 * PANELS * PANEL, PANELS * PANEL       # keys, then values; queries
     PRODUCERS = 4 * WARP                   # eight of them copy a row
     ROWS, ROWS_APART = KEYS * 8 // PRODUCERS, PRODUCERS // 8
 
     @cuda.jit(device=True)
-    def fill_ring(ring, first, barriers, k_cache, v_cache, table, g, S, num_tiles):
-        """Copies tiles of keys and values into the ring; beyond the context, zeros. Piece q of
-        row r lies at q ^ (r % 8), as the copy engine would leave it."""
-        P, G = k_cache.shape[1], k_cache.shape[2]
+    def copy_queries(ring, place, qkv, h, first_t, end_t):
+        """Starts the copies of a tile of queries; past the end, zeros."""
         piece, row = cuda.threadIdx.x % 8, cuda.threadIdx.x % PRODUCERS // 8
-        place = first + row * 32 + (piece ^ (row & 7)) * 4
-        sources = cuda.local.array(ROWS, int64)
-        stage, parity = 0, uint32(1)
-        for tile in range(num_tiles):
-            # all block numbers on their way at once, before there is room
-            for i in range(ROWS):
-                s = min(tile * KEYS + row + i * ROWS_APART, S - 1)
-                block = int64(divide(uint32(s), uint32(P)))
-                sources[i] = ((table[block] * P + s - block * P) * G + g) * D + piece * 8
-            await_barrier(barriers, FLASH_EMPTY + stage, parity)
-            for i in range(ROWS):
-                size = uint32(16 if tile * KEYS + row + i * ROWS_APART < S else 0)
-                at = place + stage * STAGE + i * ROWS_APART * 32
-                for panel in range(PANELS):
-                    copy_async(ring, at + panel * PANEL, k_cache, sources[i] + panel * 64, size)
-                    copy_async(ring, at + (PANELS + panel) * PANEL, v_cache,
-                               sources[i] + panel * 64, size)
-            copies_commit()
-            if tile > 0:
-                copies_wait_but_1()
-                fence_shared()             # tensor cores read what the threads' copies wrote
-                barrier_arrive(barriers, stage - 1 if stage > 0 else STAGES - 1)
-            stage, parity = next_stage(stage, parity, STAGES)
-        copies_wait_all()
-        fence_shared()
-        barrier_arrive(barriers, stage - 1 if stage > 0 else STAGES - 1)
+        for i in range(ROWS):
+            t = first_t + row + i * ROWS_APART
+            size = uint32(16 if t < end_t else 0)
+            source = (min(t, end_t - 1) * qkv.shape[1] + h) * D + piece * 8
+            for panel in range(PANELS):
+                copy_async(ring, place + panel * PANEL + i * ROWS_APART * 32, qkv,
+                           source + panel * 64, size)
 
     @cuda.jit(device=True)
-    def load_queries(ring, first, qkv, h, first_t, end_t):
-        """A warp's 16 queries, in the order of boxes; past the end the last one, never stored."""
-        words = cuda.local.array(4, uint32)
-        lane, warp, heads = cuda.threadIdx.x % WARP, cuda.threadIdx.x // WARP, qkv.shape[1]
-        for i in range(4 * PANELS):
-            row, piece = warp * 16 + i % 4 * 4 + lane // 8, lane % 8
-            t = min(first_t + row, end_t - 1)
-            load_16_bytes(words, 0, qkv, (t * heads + h) * D + i // 4 * 64 + piece * 8)
-            store_shared(ring, first + i // 4 * (FLASH_QUERIES * 32) + row * 32
-                         + (piece ^ (row & 7)) * 4, words, 0)
+    def copy_tiles(ring, queries, keys, barriers, qkv, k_cache, v_cache, block_tables, rows,
+                   query_starts, seq_lens, H):
+        """What the copying warpgroup does. Piece q of a row r lies at q ^ (r % 8), as the copy
+        engine would leave it; beyond a context, zeros."""
+        sources = cuda.local.array(ROWS, int64)
+        P, G = k_cache.shape[1], k_cache.shape[2]
+        piece, row = cuda.threadIdx.x % 8, cuda.threadIdx.x % PRODUCERS // 8
+        place = row * 32 + (piece ^ (row & 7)) * 4
+        stage, parity, turn = 0, uint32(1), 0
+        b, before, tile, h = find_tile(turn, seq_lens.shape[0] - 1, 0, H, query_starts)
+        while b >= 0:
+            first_t, end_t, _, S = place_tile(b, tile, query_starts, seq_lens)
+            table, g, last = block_tables[rows[b]], h // (H // G), (S - 1) // P
+            block, offset = row // P, row % P
+            slot = turn % SLOTS
+            for j in range(ceil_div_int(S, KEYS)):
+                # all block numbers on their way at once, before there is room
+                for i in range(ROWS):
+                    sources[i] = ((table[min(block, last)] * P + offset) * G + g) * D + piece * 8
+                    offset += ROWS_APART
+                    while offset >= P:
+                        offset -= P
+                        block += 1
+                await_barrier(barriers, FLASH_EMPTY + stage, parity)
+                for i in range(ROWS):
+                    size = uint32(16 if j * KEYS + row + i * ROWS_APART < S else 0)
+                    at = keys + place + stage * STAGE + i * ROWS_APART * 32
+                    for panel in range(PANELS):
+                        copy_async(ring, at + panel * PANEL, k_cache, sources[i] + panel * 64, size)
+                        copy_async(ring, at + (PANELS + panel) * PANEL, v_cache,
+                                   sources[i] + panel * 64, size)
+                if j == 0:
+                    await_barrier(barriers, FLASH_SLOT_EMPTY + slot, uint32(turn // SLOTS % 2 ^ 1))
+                    copy_queries(ring, queries + slot * SLOT + place, qkv, h, first_t, end_t)
+                barrier_arrive_after_copies(barriers, stage)
+                stage, parity = next_stage(stage, parity, STAGES)
+            turn += 1
+            b, before, tile, h = find_tile(turn, b, before, H, query_starts)
 
     @cuda.jit(device=True)
     def multiply_keys(x, ring, q, keys, like):
         """Starts x = q @ k.T."""
         scores_first(x, 0, ring, q, ring, keys, like)
         for panel in range(1, PANELS):
-            scores_add(x, 0, ring, q + panel * (FLASH_QUERIES * 32), ring, keys + panel * PANEL,
-                       like)
+            scores_add(x, 0, ring, q + panel * PANEL, ring, keys + panel * PANEL, like)
 
     @cuda.jit(device=True)
     def weigh(x, m, l, rescales, first, position, scale):
@@ -2493,10 +2660,12 @@ def make_attention_wgmma(D):
         lane = cuda.threadIdx.x % WARP
         # the causal mask, needed only where a tile reaches beyond the warp's first query
         if first + KEYS - 1 > position - lane // 4:
-            for n in range(KEYS // 8):
-                for i in range(4):
-                    if first + n * 8 + lane % 4 * 2 + i % 2 > position + i // 2 * 8:
-                        x[n * 4 + i] = NEG_INF
+            for half in range(2):
+                last = int32(position + half * 8 - first - lane % 4 * 2)
+                for n in range(KEYS // 8):
+                    for i in range(2):
+                        if n * 8 + i > last:
+                            x[n * 4 + half * 2 + i] = NEG_INF
         for half in range(2):
             new_m = m[half]
             for n in range(KEYS // 8):
@@ -2519,6 +2688,87 @@ def make_attention_wgmma(D):
         for n in range(KEYS // 4):
             p[n] = pack(x[n * 2], x[n * 2 + 1], like)
 
+    @cuda.jit(device=True)
+    def store_sums(out, acc, l, h, first_t, end_t):
+        words = cuda.local.array(4, uint32)
+        lane, warp, H = cuda.threadIdx.x % WARP, cuda.threadIdx.x // WARP, out.shape[1]
+        for half in range(2):
+            total = l[half] + shuffle_xor(l[half], 1)
+            share = inverse(total + shuffle_xor(total, 2))
+            t = first_t + warp * 16 + half * 8 + lane // 4
+            for n in range(0, D // 8, 4):
+                for i in range(4):
+                    c = (n + i) * 4 + half * 2
+                    words[i] = pack(acc[c] * share, acc[c + 1] * share, out)
+                transpose_quad(words)
+                if t < end_t:
+                    store_16_bytes(out, (t * H + h) * D + (n + lane % 4) * 8, words, 0)
+
+    @cuda.jit(device=True)
+    def attend_tiles(ring, queries, keys, barriers, out, query_starts, seq_lens, scale):
+        """What the other two warpgroups do."""
+        # fragments: x (KEYS / 8, 4), acc (D / 8, 4); of the 4, half * 2 + i is row
+        # l//4 + 8 * half of the warp and column 2*(l%4) + i
+        x = cuda.local.array(SCORES, float32)
+        acc = cuda.local.array(OUTS, float32)
+        p = cuda.local.array(WEIGHTS, uint32)
+        m = cuda.local.array(2, float32)
+        l = cuda.local.array(2, float32)
+        rescales = cuda.local.array(2, float32)
+        lane, warp, H = cuda.threadIdx.x % WARP, cuda.threadIdx.x // WARP, out.shape[1]
+        group, values = warp // 4, keys + PANELS * PANEL
+        stage, parity, mine, turn = 0, uint32(0), uint32(1 - group), 0
+        b, before, tile, h = find_tile(turn, seq_lens.shape[0] - 1, 0, H, query_starts)
+        while b >= 0:
+            first_t, end_t, context, S = place_tile(b, tile, query_starts, seq_lens)
+            position, num_tiles = context + warp * 16 + lane // 4, ceil_div_int(S, KEYS)
+            slot = turn % SLOTS
+            q = queries + slot * SLOT + group * (64 * 32)
+            for half in range(2):
+                m[half], l[half] = NEG_INF, ZERO
+            for i in range(OUTS):
+                acc[i] = ZERO
+            await_barrier(barriers, stage, parity)
+            fence_shared()
+            await_barrier(barriers, FLASH_TURN + group, mine)
+            multiply_keys(x, ring, q, keys + stage * STAGE, out)
+            scores_wait(x, 0)
+            if lane == 0:
+                barrier_arrive(barriers, FLASH_TURN + 1 - group)
+            weigh(x, m, l, rescales, 0, position, scale)
+            pack_weights(p, x, out)
+            for j in range(1, num_tiles):
+                used = stage
+                stage, parity = next_stage(stage, parity, STAGES)
+                mine ^= uint32(1)
+                # the tensor cores are for one warpgroup at a time, the sums of the tile before and
+                # the scores of this one; then for the other, while these scores become weights
+                await_barrier(barriers, stage, parity)
+                fence_shared()
+                await_barrier(barriers, FLASH_TURN + group, mine)
+                multiply_keys(x, ring, q, keys + stage * STAGE, out)
+                wgmma_from_registers(acc, 0, p, 0, ring, values + used * STAGE, out)
+                scores_wait(x, 0)
+                sums_wait(acc, 0)
+                if lane == 0:
+                    barrier_arrive(barriers, FLASH_TURN + 1 - group)
+                    barrier_arrive(barriers, FLASH_EMPTY + used)
+                weigh(x, m, l, rescales, j * KEYS, position, scale)
+                for n in range(D // 8):
+                    for i in range(4):
+                        acc[n * 4 + i] *= rescales[i // 2]
+                pack_weights(p, x, out)
+            mine ^= uint32(1)
+            wgmma_from_registers(acc, 0, p, 0, ring, values + stage * STAGE, out)
+            sums_wait(acc, 0)
+            if lane == 0:
+                barrier_arrive(barriers, FLASH_SLOT_EMPTY + slot)
+                barrier_arrive(barriers, FLASH_EMPTY + stage)
+            stage, parity = next_stage(stage, parity, STAGES)
+            store_sums(out, acc, l, h, first_t, end_t)
+            turn += 1
+            b, before, tile, h = find_tile(turn, b, before, H, query_starts)
+
     @cuda.jit(cache=True, **THREE_WARPGROUPS)
     def attention_wgmma_kernel(out, qkv, k_cache, v_cache, block_tables, rows, query_starts,
                                seq_lens):
@@ -2530,114 +2780,37 @@ def make_attention_wgmma(D):
         block_tables     (rows, blocks)    i32        read
         rows, seq_lens   (B,)              i32        read
         query_starts     (B+1,)            i32        read
-        launch grid (H, tiles of queries), thread block of WGMMA_WARPS warps, 16 queries each, and a
-               warpgroup that copies
-        shared flash_shared(D) bytes: a tile of queries, stages of keys and values
+        launch grid of one thread block for each multiprocessor, thread block of WGMMA_WARPS warps,
+               16 queries each, and a warpgroup that copies
+        shared flash_shared(D) bytes: tiles of queries, stages of keys and values
         moves  2*T*H*D*E + 2*T*H*S*D*E/QUERIES bytes, does 4*T*H*S*D flops: compute-bound
         needs  D in FLASH_HEADS   (else the launcher takes the rung below), sm_90a
         twin   paged_attention_ref      paper  arXiv:2307.08691, arXiv:2407.08608
         """
-        # fragments: x (KEYS / 8, 4), acc (D / 8, 4); of the 4, half * 2 + i is row
-        # l//4 + 8 * half of the warp and column 2*(l%4) + i
         ring = cuda.shared.array(0, uint32)
         barriers = cuda.shared.array(FLASH_BARRIERS, uint64)
-        x = cuda.local.array(SCORES, float32)
-        acc = cuda.local.array(OUTS, float32)
-        p = cuda.local.array(WEIGHTS, uint32)
-        m = cuda.local.array(2, float32)
-        l = cuda.local.array(2, float32)
-        rescales = cuda.local.array(2, float32)
-        words = cuda.local.array(4, uint32)
-        tid, lane, warp = cuda.threadIdx.x, cuda.threadIdx.x % WARP, cuda.threadIdx.x // WARP
         # subtle: tensor cores take the order of the pieces in a row from the address
-        first = ((1024 - (shared_address(ring, 0) & 1023)) & 1023) // 4
-        if tid == 0:
+        queries = ((1024 - (shared_address(ring, 0) & 1023)) & 1023) // 4
+        keys = queries + SLOTS * SLOT
+        if cuda.threadIdx.x == 0:
             for stage in range(STAGES):
                 barrier_init(barriers, stage, uint32(PRODUCERS))
                 barrier_init(barriers, FLASH_EMPTY + stage, uint32(WGMMA_WARPS))
-            for group in range(2):
-                barrier_init(barriers, FLASH_TURN + group, uint32(4))
+            for i in range(2):
+                barrier_init(barriers, FLASH_SLOT_EMPTY + i, uint32(WGMMA_WARPS))
+                barrier_init(barriers, FLASH_TURN + i, uint32(4))
             barriers_ready()
         cuda.syncthreads()                 # else a thread uses a barrier that is not there yet
         start_next_kernel()
         wait_for_inputs()
-        h, H, G, B = cuda.blockIdx.x, out.shape[1], k_cache.shape[2], seq_lens.shape[0]
-        g = h // (H // G)
-        # this thread block's tile: the requests' tiles are counted off one after another, from the
-        # last on, for it is the longest of its request
-        b, tile = B - 1, cuda.blockIdx.y
-        while b >= 0 and tile >= ceil_div_int(query_starts[b + 1] - query_starts[b], FLASH_QUERIES):
-            tile -= ceil_div_int(query_starts[b + 1] - query_starts[b], FLASH_QUERIES)
-            b -= 1
-        if b < 0:
-            return
-        end_t = query_starts[b + 1]
-        count = end_t - query_starts[b]
-        tile = ceil_div_int(count, FLASH_QUERIES) - 1 - tile
-        first_t = query_starts[b] + tile * FLASH_QUERIES
-        context = seq_lens[b] - (end_t - first_t)              # position of the tile's first query
-        S = min(context + FLASH_QUERIES, seq_lens[b])          # keys that its last query sees
-        num_tiles = ceil_div_int(S, KEYS)
-        if warp >= WGMMA_WARPS:
+        if cuda.threadIdx.x < WGMMA_WARPS * WARP:
+            many_registers()
+            attend_tiles(ring, queries, keys, barriers, out, query_starts, seq_lens,
+                         LOG2E / math.sqrt(float32(D)))
+        else:
             few_registers()
-            fill_ring(ring, first + QUERIES, barriers, k_cache, v_cache, block_tables[rows[b]], g,
-                      S, num_tiles)
-            return
-        many_registers()
-        load_queries(ring, first, qkv, h, first_t, end_t)
-        fence_shared()
-        meet(WGMMA_WARPS * WARP)
-        for half in range(2):
-            m[half], l[half] = NEG_INF, ZERO
-        for i in range(OUTS):
-            acc[i] = ZERO
-        scale = LOG2E / math.sqrt(float32(D))
-        q, position = first + warp // 4 * (64 * 32), context + warp * 16 + lane // 4
-        keys, values = first + QUERIES, first + QUERIES + PANELS * PANEL
-        stage, parity = 0, uint32(0)
-        group, turn = warp // 4, uint32(1 - warp // 4)
-        await_barrier(barriers, 0, parity)
-        await_barrier(barriers, FLASH_TURN + group, turn)
-        multiply_keys(x, ring, q, keys, out)
-        scores_wait(x, 0)
-        if lane == 0:
-            barrier_arrive(barriers, FLASH_TURN + 1 - group)
-        weigh(x, m, l, rescales, 0, position, scale)
-        pack_weights(p, x, out)
-        for j in range(1, num_tiles):
-            used = stage
-            stage, parity = next_stage(stage, parity, STAGES)
-            turn ^= uint32(1)
-            # the tensor cores are for one warpgroup at a time, the sums of the tile before and the
-            # scores of this one; then for the other, while these scores become weights
-            await_barrier(barriers, stage, parity)
-            await_barrier(barriers, FLASH_TURN + group, turn)
-            multiply_keys(x, ring, q, keys + stage * STAGE, out)
-            wgmma_from_registers(acc, 0, p, 0, ring, values + used * STAGE, out)
-            scores_wait(x, 0)
-            sums_wait(acc, 0)
-            if lane == 0:
-                barrier_arrive(barriers, FLASH_TURN + 1 - group)
-                barrier_arrive(barriers, FLASH_EMPTY + used)
-            weigh(x, m, l, rescales, j * KEYS, position, scale)
-            for n in range(D // 8):
-                for i in range(4):
-                    acc[n * 4 + i] *= rescales[i // 2]
-            pack_weights(p, x, out)
-        wgmma_from_registers(acc, 0, p, 0, ring, values + stage * STAGE, out)
-        sums_wait(acc, 0)
-
-        for half in range(2):
-            total = l[half] + shuffle_xor(l[half], 1)
-            total = inverse(total + shuffle_xor(total, 2))
-            t = first_t + warp * 16 + half * 8 + lane // 4
-            for n in range(0, D // 8, 4):
-                for i in range(4):
-                    c = (n + i) * 4 + half * 2
-                    words[i] = pack(acc[c] * total, acc[c + 1] * total, out)
-                transpose_quad(words)
-                if t < end_t:
-                    store_16_bytes(out, (t * H + h) * D + (n + lane % 4) * 8, words, 0)
+            copy_tiles(ring, queries, keys, barriers, qkv, k_cache, v_cache, block_tables, rows,
+                       query_starts, seq_lens, out.shape[1])
     return attention_wgmma_kernel
 
 
@@ -2652,10 +2825,10 @@ def attention_wgmma(out, qkv, k_cache, v_cache, block_tables, rows, query_starts
                         stream=stream)
         return
     # tiles do not span requests: at most one for each request is not full
-    grid = (H, min(T, T // FLASH_QUERIES + len(seq_lens)))
-    threads = WGMMA_WARPS * WARP + 4 * WARP
-    launch(ATTENTION_WGMMA[D], grid, threads, stream, flash_shared(D), out, qkv, k_cache, v_cache,
-           block_tables, rows, query_starts, seq_lens)
+    tiles = H * min(T, T // FLASH_QUERIES + len(seq_lens))
+    launch(ATTENTION_WGMMA[D], min(tiles, num_multiprocessors()), WGMMA_WARPS * WARP + 4 * WARP,
+           stream, flash_shared(D), out, qkv, k_cache, v_cache, block_tables, rows, query_starts,
+           seq_lens)
 
 
 # ---- decode: a warp walks tiles of 16 keys for R query heads at once ----
@@ -4307,9 +4480,8 @@ def forward_decode(logits, x, h, qkv, o, act, kv_cache, parts, partial, arrivals
     # 256 words, for stages begin at a multiple of 1024 bytes
     left = PERSISTENT_SHARED // 4 - sum_words - 256 - num_x_stages * x_stage_words_of(N)
     stages = min(MAX_STAGES, left // STAGE_WORDS)
-    grid = 1 if SIMULATOR else cuda.get_current_device().MULTIPROCESSOR_COUNT
     threads = CONSUMERS + (2 if SIMULATOR else 4) * WARP       # a warpgroup has no half
-    launch(FORWARD_DECODE[D, N], grid, threads, stream, PERSISTENT_SHARED, logits.reshape(B * V), x,
+    launch(FORWARD_DECODE[D, N], num_multiprocessors(), threads, stream, PERSISTENT_SHARED, logits.reshape(B * V), x,
            h, qkv, o, act.reshape(B * F), kv_cache, parts, partial, arrivals, tokens, positions,
            slots, rows, seq_lens, splits, block_tables, cos, sin, embed, norms, plan, maps,
            np.int32(stages), np.int32(num_x_stages), np.int32(sum_words), np.float32(eps))
@@ -4580,8 +4752,8 @@ TILED_ATTENTIONS = (dict(H=1, G=1, D=16, **MIXED),
 WGMMA_ATTENTIONS = (dict(H=1, G=1, D=64, **MIXED),
                     dict(H=2, G=1, D=64, P=16, contexts=(170, 18), queries=(40, 5)),
                     *(() if SIMULATOR else (
-                        dict(H=4, G=2, D=64, P=16, contexts=(1100, 300, 7), queries=(700, 300, 1)),
-                        dict(H=4, G=2, D=128, P=32, contexts=(900, 300), queries=(500, 129)))))
+                        dict(H=64, G=2, D=64, P=16, contexts=(1100, 300, 7), queries=(700, 300, 1)),
+                        dict(H=64, G=8, D=128, P=32, contexts=(900, 300), queries=(500, 129)))))
 DECODES = (dict(H=1, G=1, D=64, P=16, contexts=(1,), queries=(1,)),
            dict(H=6, G=2, D=64, P=4, contexts=(5, 40), queries=(1, 1)),
            dict(H=16, G=1, D=64, P=16, contexts=(270,), queries=(1,)))
@@ -4615,6 +4787,9 @@ KERNELS = (
     kernel_row("add_rmsnorm", add_rmsnorm_ref, add_rmsnorm, add_rmsnorm_example, TC,
                "4*T*C*E + C*E", "5*T*C",
                lambda out, x, delta, weight, eps: rmsnorm_ref(out, x, weight, eps)),
+    kernel_row("add_rmsnorm wide", add_rmsnorm_ref, add_rmsnorm_wide, add_rmsnorm_example,
+               (dict(T=1, C=8), dict(T=3, C=304)), "4*T*C*E + C*E", "5*T*C",
+               lambda out, x, delta, weight, eps: rmsnorm_ref(out, x, weight, eps), **TENSOR),
     kernel_row("matmul naive", matmul_ref, matmul_naive, matmul_example, MATMULS, MATMUL_MOVES,
                MATMUL_DOES, without_last_k),
     kernel_row("matmul tiled", matmul_ref, matmul_tiled, matmul_example, MATMULS, MATMUL_MOVES,
@@ -4643,6 +4818,9 @@ KERNELS = (
                lambda k_cache, v_cache, k, v, slots: write_kv_ref(k_cache, v_cache, v, k, slots)),
     kernel_row("rope_write_kv", rope_write_kv_ref, rope_write_kv, rope_write_kv_example, WRITES,
                "2*T*(H+2*G)*D*E + T*G*D*E", "3*T*(H+G)*D", unrotated_keys),
+    kernel_row("rope_write_kv wide", rope_write_kv_ref, rope_write_kv_wide, rope_write_kv_example,
+               (dict(T=1, H=1, G=1, D=16, P=1), dict(T=3, H=4, G=2, D=96, P=4)),
+               "2*T*(H+2*G)*D*E + T*G*D*E", "3*T*(H+G)*D", unrotated_keys, **TENSOR),
     kernel_row("attention threepass", paged_attention_ref, attention_threepass, attention_example,
                ATTENTIONS, "2*T*H*D*E + T*H*S*D*E*(3+D)", "2*T*H*S*D*(3+D)", late_by_one),
     kernel_row("attention online", paged_attention_ref, attention_online, attention_example,
@@ -4701,7 +4879,7 @@ RUNGS = {
         matmul_silu_mul=matmul_silu_mul_tiled, matmul_silu_mul_decode=matmul_silu_mul_warp,
         attention=attention_online, attention_decode=attention_online),
     "tensor": operations(
-        **ON_DEVICE, rope_write_kv=rope_write_kv,
+        **ON_DEVICE | dict(add_rmsnorm=add_rmsnorm_wide), rope_write_kv=rope_write_kv_wide,
         matmul=matmul_tensor, matmul_decode=matmul_streamed,
         matmul_silu_mul=matmul_silu_mul_tensor, matmul_silu_mul_decode=matmul_silu_mul_streamed,
         attention=attention_tiled, attention_decode=attention_decode),

@@ -613,6 +613,11 @@ INSTRUCTIONS = {
     "matmul tensor SwiGLU": (*TENSOR_CORES, "ldmatrix.sync", "cp.async.cg.shared.global"),
     "matmul streamed": (*TENSOR_CORES, "ld.global.nc.L1::no_allocate.L2::128B.v4.u32"),
     "matmul streamed SwiGLU": (*TENSOR_CORES, "ld.global.nc.L1::no_allocate.L2::128B.v4.u32"),
+    "matmul wgmma": ("wgmma.mma_async.sync.aligned.m64n", "f32.bf16.bf16", "setmaxnreg",
+                     "cp.async.bulk.tensor.3d", "mbarrier.try_wait"),
+    "matmul wgmma SwiGLU": ("wgmma.mma_async", "cp.async.bulk.tensor.5d"),
+    "attention wgmma": ("wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16", "ex2.approx",
+                        "cp.async.mbarrier.arrive.noinc", "fence.proxy.async.shared::cta"),
     "matmul warp": ("shfl.sync.bfly",),
     "attention online": ("shfl.sync.bfly", "ex2.approx"),
     "attention tiled": (*TENSOR_CORES, "ldmatrix.sync", ".trans", "cp.async", "ex2.approx"),
@@ -663,12 +668,12 @@ def small(tmp_path_factory):
 
 
 @pytest.mark.parametrize("options", [dict(dtype="float32", rung="naive"), dict(dtype="float32"),
-                                     dict(rung="naive"), dict()], ids=str)
+                                     dict(rung="naive"), dict(rung="tensor"), dict()], ids=str)
 def test_every_rung_gives_the_tokens_of_the_twins(options, small):
     ids = [prompt_ids(5, 40), prompt_ids(2, 40)]
     params = SamplingParams(temperature=0, max_tokens=2, ignore_eos=True)
     engine = Engine(small, device=DEVICE, block_size=4, max_model_len=8, max_num_seqs=2, **options)
-    assert engine.rung == options.get("rung", "tiled" if "dtype" in options else "tensor")
+    assert engine.rung == options.get("rung", "tiled" if "dtype" in options else "wgmma")
     twins = Engine(small, device="cpu", block_size=4, max_model_len=8)
     assert tokens_of(engine, ids, params) == tokens_of(twins, ids, params)
 
@@ -681,7 +686,7 @@ def test_a_head_dim_of_16_decodes_on_the_rung_that_takes_it(tmp_path):
     params = SamplingParams(temperature=0, max_tokens=2, ignore_eos=True)
     engine, twins = (Engine(tmp_path, device=device, block_size=4, max_model_len=8, max_num_seqs=1)
                      for device in (DEVICE, "cpu"))
-    assert engine.rung == "tensor"
+    assert engine.rung == "wgmma"
     assert tokens_of(engine, [prompt_ids(5, 40)], params) == tokens_of(twins, [prompt_ids(5, 40)],
                                                                        params)
 
@@ -708,7 +713,7 @@ def test_shapes_that_one_kernel_cannot_take_keep_the_kernels(small):
             32, 8, 64, 2048, 8192, 128256, block_size)
     assert "head_dim 80" in kernels.fits_persistent(32, 8, 80, 2560, 8192, 128256, 16)
     refuses(small, "a decode step cannot be one kernel here (hidden_size 16 is no multiple of",
-            "use --kernels tensor", device=DEVICE, rung="persistent")
+            "use --kernels wgmma", device=DEVICE, rung="persistent")
 
 
 def test_the_kernels_sample_as_the_twins_do(small):

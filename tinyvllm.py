@@ -1057,6 +1057,9 @@ FLOPS_A_CLOCK = {(8, 0): 2048, (9, 0): 4096, (10, 0): 8192}    # of a multiproce
                                                                # dense, 16 bits; others 1024 or less
 
 
+TENSOR_RUNGS = "tensor", "wgmma", "persistent"     # of the kernels' ladders: on tensor cores
+
+
 class KernelError(RuntimeError):
     """The GPU could not do what it was asked."""
 
@@ -1347,7 +1350,7 @@ def pick_rung(rung: str, cfg: Config, dtype: str, device: str, block_size: int) 
     elif capability < (8, 0):
         obstacle = "compute capability {}.{} is below 8.0".format(*capability)
     next_best = "tiled" if cfg.head_dim <= 256 else "naive"    # a warp holds no more of a query
-    if rung in ("tensor", "persistent") and obstacle:
+    if rung in TENSOR_RUNGS and obstacle:
         raise UserError(f"the tensor-core kernels cannot run here ({obstacle}): use --kernels "
                         f"{next_best}")
     if rung == "tiled" and next_best != "tiled":
@@ -1355,16 +1358,20 @@ def pick_rung(rung: str, cfg: Config, dtype: str, device: str, block_size: int) 
                         "use --kernels naive")
     if obstacle:
         return next_best if rung == "auto" else rung
+    hopper = capability[0] == 9
     obstacle = kernels.fits_persistent(cfg.num_attention_heads, cfg.num_key_value_heads,
                                        cfg.head_dim, cfg.hidden_size, cfg.intermediate_size,
                                        cfg.vocab_size, block_size)
-    if capability[0] != 9:
+    if not hopper:
         obstacle = "compute capability {}.{} is not Hopper's 9.0".format(*capability)
+    if rung == "wgmma" and not hopper:
+        raise UserError(f"wgmma cannot run here ({obstacle}): use --kernels tensor")
+    next_best = "wgmma" if hopper else "tensor"
     if rung == "persistent" and obstacle:
         raise UserError(f"a decode step cannot be one kernel here ({obstacle}): use --kernels "
-                        "tensor")
+                        f"{next_best}")
     if rung == "auto":
-        return "tensor" if obstacle else "persistent"
+        return next_best if obstacle else "persistent"
     return rung
 
 
@@ -1392,8 +1399,8 @@ class Engine:
                              Numba's simulator, on any machine, very slowly), "auto": the GPU
                              where there is one, otherwise the CPU
     dtype                    "bfloat16", "float16", "float32"; "auto": see pick_dtype
-    rung                     of the kernels' ladders: "naive", "tiled", "tensor", "persistent";
-                             "auto": the best. Of "persistent" one engine at a time for a GPU
+    rung                     of the kernels' ladders: "naive", "tiled", "tensor", "wgmma",
+                             "persistent"; "auto": the best. Of "persistent" one engine at a time for a GPU
     enforce_eager            no graphs, and a wait after each kernel: errors name it
     seed                     of requests that bring none
     max_model_len            longest context, prompt and answer together; None: what the model and
@@ -1525,7 +1532,7 @@ class Engine:
 
     def partial_shape(self, longest: int) -> tuple[int, int, int]:
         """Of what decode attention leaves of each split of all contexts, where it splits them."""
-        if self.rung not in ("tensor", "persistent"):
+        if self.rung not in TENSOR_RUNGS:
             return 1, 1, 1
         _, B = self.largest_step()
         return (B * ceil_div(longest, kernels.SPLIT), self.cfg.num_attention_heads,
