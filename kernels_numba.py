@@ -561,11 +561,11 @@ def load_acquire(array, index):
 # threads that are done.
 
 
-@instruction("barrier.sync 1, {0};", "r")
-def meet(threads):
-    """cuda.syncthreads for the first `threads` threads, whole warps, of a thread block."""
+@instruction("barrier.sync {0}, {1};", "r", "r")
+def meet(number, threads):
+    """cuda.syncthreads for so many threads, whole warps, of a thread block; number 0 is that one."""
     manager = threading.current_thread()._manager.__dict__
-    name = f"meeting of {threads}"
+    name = f"meeting {number}"
     (manager.get(name) or manager.setdefault(name, threading.Barrier(int(threads)))).wait()
 
 
@@ -621,14 +621,6 @@ def barrier_expect(barriers, i, size):
     all_barriers[this].change(1, int(size))
 
 
-@instruction("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [{0}];", "shared")
-def barrier_arrive_after_copies(barriers, i):
-    """One of the arrivals of this phase, when all copy_async of this thread have landed. Who reads
-    them with tensor cores calls fence_shared when the phase has ended."""
-    all_barriers, this = mbarriers(barriers, i)
-    all_barriers[this].change(1, 0)
-
-
 @instruction("{{.reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [{1}], {2}; "
              "selp.u32 {0}, 1, 0, p;}}", "=r", "shared", "r")
 def barrier_passed(barriers, i, parity):
@@ -661,8 +653,8 @@ def fence_copies():
 
 @instruction("fence.proxy.async.shared::cta;")
 def fence_shared():
-    """What this thread wrote in shared memory, or has seen of others, is there for tensor cores and
-    the copy engine; what it read, is before what the copy engine writes."""
+    """What this thread wrote in shared memory is there for tensor cores and the copy engine; what it
+    read, is before what the copy engine writes."""
 
 
 def address_of(array):
@@ -950,10 +942,10 @@ def block_sum(value, threads):
     value = warp_sum(value)
     if tid % WARP == 0:
         partial[tid // WARP] = value
-    meet(threads)                          # else a thread adds a partial that is not written yet
+    meet(uint32(1), threads)               # else a thread adds a partial that is not written yet
     for warp in range(threads // WARP):
         total += partial[warp]
-    meet(threads)                          # else the next sum overwrites what a slow thread reads
+    meet(uint32(1), threads)               # else the next sum overwrites what a slow thread reads
     return total
 
 
@@ -1700,11 +1692,11 @@ def map_on_device(array, *description):
 
 
 def pick_wgmma_tile(T, N, multiprocessors):
-    """The tile with which the busiest multiprocessor is done first: it takes as long as the copies
-    of a step or as its sums, and a tile that is stored is as much as 4 steps."""
+    """The tile with which the busiest multiprocessor is done first. Of a narrow one the copies take
+    longer than the sums: measured, as long as 85 rows of weight more."""
     def cost(TILE_N):
         tiles = ceil_div(T, WGMMA_T) * ceil_div(N, TILE_N)
-        return ceil_div(tiles, multiprocessors) * max(TILE_N, 64 + TILE_N // 2)
+        return ceil_div(tiles, multiprocessors) * (TILE_N + 85)
     return min(reversed(WGMMA_TILES), key=cost)
 
 
@@ -2532,125 +2524,86 @@ def attention_tiled(out, qkv, k_cache, v_cache, block_tables, rows, query_starts
 
 # ---- fourth rung, prefill: Hopper ----
 #
-# A thread block stays, and takes one tile of 128 queries of a head after the other. A warpgroup
-# copies: queries, and a ring of stages, each a tile of keys and values; it is ahead, also from one
-# tile of queries to the next. Two other warpgroups own 64 queries each; the tensor cores work for
-# one of them while the other takes exponents.
+# A warpgroup fills a ring of stages, each a tile of keys and values; two others own 64 queries each,
+# and the tensor cores work for one of them while the other takes exponents. Threads copy, 16 bytes
+# each: a block of the cache is too small a box to keep the copy engine busy.
 
 FLASH_QUERIES, FLASH_KEYS = 128, 128
 FLASH_HEADS = (64,) if SIMULATOR else (64, 128)
-FLASH_STAGES, FLASH_SLOTS = {64: 4, 128: 3}, {64: 2, 128: 1}           # of keys; of queries
-# barriers: full[i] from 0 on, empty[i], empty[slot] and turn[warpgroup] from here on
-FLASH_EMPTY, FLASH_SLOT_EMPTY, FLASH_TURN, FLASH_BARRIERS = 4, 8, 10, 12
+FLASH_STAGES = {64: 4, 128: 3}
+FLASH_EMPTY, FLASH_BARRIERS = 4, 8         # barriers: full[i] from 0 on, empty[i] from 4 on
 
 
 def flash_shared(D):
-    """Bytes of shared memory: tiles of queries, stages of keys and values; 1 KB to align."""
-    return 1024 + 2 * D * (FLASH_SLOTS[D] * FLASH_QUERIES + 2 * FLASH_STAGES[D] * FLASH_KEYS)
-
-
-@cuda.jit(device=True)
-def tiles_of_request(b, query_starts):
-    return ceil_div_int(query_starts[b + 1] - query_starts[b], FLASH_QUERIES)
-
-
-@cuda.jit(device=True)
-def find_tile(turn, b, before, H, query_starts):
-    """The turn-th tile of this thread block: (its request b, or -1 if there is none; the tiles of
-    requests behind b; which tile of b; head). Tiles are counted off from the end, for the last one
-    of a request sees the most keys; thread blocks take them to and fro, so that all have as much
-    to do. b and before are those of the turn before."""
-    place = cuda.blockIdx.x if turn % 2 == 0 else cuda.gridDim.x - 1 - cuda.blockIdx.x
-    item = turn * cuda.gridDim.x + place
-    tile = int64(divide(uint32(item), uint32(H)))
-    h = item - tile * H
-    while b >= 0 and tile - before >= tiles_of_request(b, query_starts):
-        before += tiles_of_request(b, query_starts)
-        b -= 1
-    if b >= 0:
-        tile = tiles_of_request(b, query_starts) - 1 - (tile - before)
-    return b, before, tile, h
-
-
-@cuda.jit(device=True)
-def place_tile(b, tile, query_starts, seq_lens):
-    """Of a tile of queries: the first one, the end of its request, the first one's position, and
-    how many keys the last one sees."""
-    first_t, end_t = query_starts[b] + tile * FLASH_QUERIES, query_starts[b + 1]
-    context = seq_lens[b] - (end_t - first_t)
-    return first_t, end_t, context, min(context + FLASH_QUERIES, int64(seq_lens[b]))
+    """Bytes of shared memory: the queries, and stages of keys and values; 1 KB to align."""
+    return 1024 + 2 * D * (FLASH_QUERIES + 2 * FLASH_STAGES[D] * FLASH_KEYS)
 
 
 def make_attention_wgmma(D):
     """The kernel for one head_dim."""
-    KEYS, STAGES, SLOTS, PANELS = FLASH_KEYS, FLASH_STAGES[D], FLASH_SLOTS[D], D // 64
+    KEYS, STAGES, PANELS = FLASH_KEYS, FLASH_STAGES[D], D // 64
     scores_first, scores_add = WGMMA[KEYS].first, WGMMA[KEYS].add
     scores_wait, sums_wait = WGMMA[KEYS].wait, WGMMA[D].wait
     wgmma_from_registers = make_wgmma_from_registers(D, KEYS)
     SCORES, OUTS, WEIGHTS = KEYS // 2, D // 2, KEYS // 4
-    PANEL = KEYS * 32                      # words of 64 channels of all keys, or of all queries
-    STAGE, SLOT = 2 * PANELS * PANEL, PANELS * PANEL       # keys, then values; queries
+    PANEL = KEYS * 32                      # words of 64 channels of all keys
+    STAGE = 2 * PANELS * PANEL             # keys, then values
+    QUERIES = FLASH_QUERIES * PANELS * 32  # words
     PRODUCERS = 4 * WARP                   # eight of them copy a row
     ROWS, ROWS_APART = KEYS * 8 // PRODUCERS, PRODUCERS // 8
 
     @cuda.jit(device=True)
-    def copy_queries(ring, place, qkv, h, first_t, end_t):
-        """Starts the copies of a tile of queries; past the end, zeros."""
-        piece, row = cuda.threadIdx.x % 8, cuda.threadIdx.x % PRODUCERS // 8
-        for i in range(ROWS):
-            t = first_t + row + i * ROWS_APART
-            size = uint32(16 if t < end_t else 0)
-            source = (min(t, end_t - 1) * qkv.shape[1] + h) * D + piece * 8
-            for panel in range(PANELS):
-                copy_async(ring, place + panel * PANEL + i * ROWS_APART * 32, qkv,
-                           source + panel * 64, size)
-
-    @cuda.jit(device=True)
-    def copy_tiles(ring, queries, keys, barriers, qkv, k_cache, v_cache, block_tables, rows,
-                   query_starts, seq_lens, H):
-        """What the copying warpgroup does. Piece q of a row r lies at q ^ (r % 8), as the copy
-        engine would leave it; beyond a context, zeros."""
-        sources = cuda.local.array(ROWS, int64)
+    def fill_ring(ring, first, barriers, k_cache, v_cache, table, g, S, num_tiles):
+        """Copies tiles of keys and values into the ring; beyond the context, zeros. Piece q of
+        row r lies at q ^ (r % 8), as the copy engine would leave it."""
         P, G = k_cache.shape[1], k_cache.shape[2]
         piece, row = cuda.threadIdx.x % 8, cuda.threadIdx.x % PRODUCERS // 8
-        place = row * 32 + (piece ^ (row & 7)) * 4
-        stage, parity, turn = 0, uint32(1), 0
-        b, before, tile, h = find_tile(turn, seq_lens.shape[0] - 1, 0, H, query_starts)
-        while b >= 0:
-            first_t, end_t, _, S = place_tile(b, tile, query_starts, seq_lens)
-            table, g, last = block_tables[rows[b]], h // (H // G), (S - 1) // P
-            block, offset = row // P, row % P
-            slot = turn % SLOTS
-            for j in range(ceil_div_int(S, KEYS)):
-                # all block numbers on their way at once, before there is room
-                for i in range(ROWS):
-                    sources[i] = ((table[min(block, last)] * P + offset) * G + g) * D + piece * 8
-                    offset += ROWS_APART
-                    while offset >= P:
-                        offset -= P
-                        block += 1
-                await_barrier(barriers, FLASH_EMPTY + stage, parity)
-                for i in range(ROWS):
-                    size = uint32(16 if j * KEYS + row + i * ROWS_APART < S else 0)
-                    at = keys + place + stage * STAGE + i * ROWS_APART * 32
-                    for panel in range(PANELS):
-                        copy_async(ring, at + panel * PANEL, k_cache, sources[i] + panel * 64, size)
-                        copy_async(ring, at + (PANELS + panel) * PANEL, v_cache,
-                                   sources[i] + panel * 64, size)
-                if j == 0:
-                    await_barrier(barriers, FLASH_SLOT_EMPTY + slot, uint32(turn // SLOTS % 2 ^ 1))
-                    copy_queries(ring, queries + slot * SLOT + place, qkv, h, first_t, end_t)
-                barrier_arrive_after_copies(barriers, stage)
-                stage, parity = next_stage(stage, parity, STAGES)
-            turn += 1
-            b, before, tile, h = find_tile(turn, b, before, H, query_starts)
+        place = first + row * 32 + (piece ^ (row & 7)) * 4
+        sources = cuda.local.array(ROWS, int64)
+        stage, parity = 0, uint32(1)
+        for tile in range(num_tiles):
+            # all block numbers on their way at once, before there is room
+            for i in range(ROWS):
+                s = min(tile * KEYS + row + i * ROWS_APART, S - 1)
+                block = int64(divide(uint32(s), uint32(P)))
+                sources[i] = ((table[block] * P + s - block * P) * G + g) * D + piece * 8
+            await_barrier(barriers, FLASH_EMPTY + stage, parity)
+            for i in range(ROWS):
+                size = uint32(16 if tile * KEYS + row + i * ROWS_APART < S else 0)
+                at = place + stage * STAGE + i * ROWS_APART * 32
+                for panel in range(PANELS):
+                    copy_async(ring, at + panel * PANEL, k_cache, sources[i] + panel * 64, size)
+                    copy_async(ring, at + (PANELS + panel) * PANEL, v_cache,
+                               sources[i] + panel * 64, size)
+            copies_commit()
+            if tile > 0:
+                copies_wait_but_1()
+                fence_shared()             # tensor cores read what the threads' copies wrote
+                barrier_arrive(barriers, stage - 1 if stage > 0 else STAGES - 1)
+            stage, parity = next_stage(stage, parity, STAGES)
+        copies_wait_all()
+        fence_shared()
+        barrier_arrive(barriers, stage - 1 if stage > 0 else STAGES - 1)
+
+    @cuda.jit(device=True)
+    def load_queries(ring, first, qkv, h, first_t, end_t):
+        """A warp's 16 queries, in the order of boxes; past the end the last one, never stored."""
+        words = cuda.local.array(4, uint32)
+        lane, warp, heads = cuda.threadIdx.x % WARP, cuda.threadIdx.x // WARP, qkv.shape[1]
+        for i in range(4 * PANELS):
+            row, piece = warp * 16 + i % 4 * 4 + lane // 8, lane % 8
+            t = min(first_t + row, end_t - 1)
+            load_16_bytes(words, 0, qkv, (t * heads + h) * D + i // 4 * 64 + piece * 8)
+            store_shared(ring, first + i // 4 * (FLASH_QUERIES * 32) + row * 32
+                         + (piece ^ (row & 7)) * 4, words, 0)
 
     @cuda.jit(device=True)
     def multiply_keys(x, ring, q, keys, like):
         """Starts x = q @ k.T."""
         scores_first(x, 0, ring, q, ring, keys, like)
         for panel in range(1, PANELS):
-            scores_add(x, 0, ring, q + panel * PANEL, ring, keys + panel * PANEL, like)
+            scores_add(x, 0, ring, q + panel * (FLASH_QUERIES * 32), ring, keys + panel * PANEL,
+                       like)
 
     @cuda.jit(device=True)
     def weigh(x, m, l, rescales, first, position, scale):
@@ -2704,71 +2657,6 @@ def make_attention_wgmma(D):
                 if t < end_t:
                     store_16_bytes(out, (t * H + h) * D + (n + lane % 4) * 8, words, 0)
 
-    @cuda.jit(device=True)
-    def attend_tiles(ring, queries, keys, barriers, out, query_starts, seq_lens, scale):
-        """What the other two warpgroups do."""
-        # fragments: x (KEYS / 8, 4), acc (D / 8, 4); of the 4, half * 2 + i is row
-        # l//4 + 8 * half of the warp and column 2*(l%4) + i
-        x = cuda.local.array(SCORES, float32)
-        acc = cuda.local.array(OUTS, float32)
-        p = cuda.local.array(WEIGHTS, uint32)
-        m = cuda.local.array(2, float32)
-        l = cuda.local.array(2, float32)
-        rescales = cuda.local.array(2, float32)
-        lane, warp, H = cuda.threadIdx.x % WARP, cuda.threadIdx.x // WARP, out.shape[1]
-        group, values = warp // 4, keys + PANELS * PANEL
-        stage, parity, mine, turn = 0, uint32(0), uint32(1 - group), 0
-        b, before, tile, h = find_tile(turn, seq_lens.shape[0] - 1, 0, H, query_starts)
-        while b >= 0:
-            first_t, end_t, context, S = place_tile(b, tile, query_starts, seq_lens)
-            position, num_tiles = context + warp * 16 + lane // 4, ceil_div_int(S, KEYS)
-            slot = turn % SLOTS
-            q = queries + slot * SLOT + group * (64 * 32)
-            for half in range(2):
-                m[half], l[half] = NEG_INF, ZERO
-            for i in range(OUTS):
-                acc[i] = ZERO
-            await_barrier(barriers, stage, parity)
-            fence_shared()
-            await_barrier(barriers, FLASH_TURN + group, mine)
-            multiply_keys(x, ring, q, keys + stage * STAGE, out)
-            scores_wait(x, 0)
-            if lane == 0:
-                barrier_arrive(barriers, FLASH_TURN + 1 - group)
-            weigh(x, m, l, rescales, 0, position, scale)
-            pack_weights(p, x, out)
-            for j in range(1, num_tiles):
-                used = stage
-                stage, parity = next_stage(stage, parity, STAGES)
-                mine ^= uint32(1)
-                # the tensor cores are for one warpgroup at a time, the sums of the tile before and
-                # the scores of this one; then for the other, while these scores become weights
-                await_barrier(barriers, stage, parity)
-                fence_shared()
-                await_barrier(barriers, FLASH_TURN + group, mine)
-                multiply_keys(x, ring, q, keys + stage * STAGE, out)
-                wgmma_from_registers(acc, 0, p, 0, ring, values + used * STAGE, out)
-                scores_wait(x, 0)
-                sums_wait(acc, 0)
-                if lane == 0:
-                    barrier_arrive(barriers, FLASH_TURN + 1 - group)
-                    barrier_arrive(barriers, FLASH_EMPTY + used)
-                weigh(x, m, l, rescales, j * KEYS, position, scale)
-                for n in range(D // 8):
-                    for i in range(4):
-                        acc[n * 4 + i] *= rescales[i // 2]
-                pack_weights(p, x, out)
-            mine ^= uint32(1)
-            wgmma_from_registers(acc, 0, p, 0, ring, values + stage * STAGE, out)
-            sums_wait(acc, 0)
-            if lane == 0:
-                barrier_arrive(barriers, FLASH_SLOT_EMPTY + slot)
-                barrier_arrive(barriers, FLASH_EMPTY + stage)
-            stage, parity = next_stage(stage, parity, STAGES)
-            store_sums(out, acc, l, h, first_t, end_t)
-            turn += 1
-            b, before, tile, h = find_tile(turn, b, before, H, query_starts)
-
     @cuda.jit(cache=True, **THREE_WARPGROUPS)
     def attention_wgmma_kernel(out, qkv, k_cache, v_cache, block_tables, rows, query_starts,
                                seq_lens):
@@ -2780,37 +2668,93 @@ def make_attention_wgmma(D):
         block_tables     (rows, blocks)    i32        read
         rows, seq_lens   (B,)              i32        read
         query_starts     (B+1,)            i32        read
-        launch grid of one thread block for each multiprocessor, thread block of WGMMA_WARPS warps,
-               16 queries each, and a warpgroup that copies
-        shared flash_shared(D) bytes: tiles of queries, stages of keys and values
+        launch grid (H, tiles of queries), thread block of WGMMA_WARPS warps, 16 queries each, and a
+               warpgroup that copies
+        shared flash_shared(D) bytes: a tile of queries, stages of keys and values
         moves  2*T*H*D*E + 2*T*H*S*D*E/QUERIES bytes, does 4*T*H*S*D flops: compute-bound
         needs  D in FLASH_HEADS   (else the launcher takes the rung below), sm_90a
         twin   paged_attention_ref      paper  arXiv:2307.08691, arXiv:2407.08608
         """
+        # fragments: x (KEYS / 8, 4), acc (D / 8, 4); of the 4, half * 2 + i is row
+        # l//4 + 8 * half of the warp and column 2*(l%4) + i
         ring = cuda.shared.array(0, uint32)
         barriers = cuda.shared.array(FLASH_BARRIERS, uint64)
+        x = cuda.local.array(SCORES, float32)
+        acc = cuda.local.array(OUTS, float32)
+        p = cuda.local.array(WEIGHTS, uint32)
+        m = cuda.local.array(2, float32)
+        l = cuda.local.array(2, float32)
+        rescales = cuda.local.array(2, float32)
+        tid, lane, warp = cuda.threadIdx.x, cuda.threadIdx.x % WARP, cuda.threadIdx.x // WARP
         # subtle: tensor cores take the order of the pieces in a row from the address
-        queries = ((1024 - (shared_address(ring, 0) & 1023)) & 1023) // 4
-        keys = queries + SLOTS * SLOT
-        if cuda.threadIdx.x == 0:
+        first = ((1024 - (shared_address(ring, 0) & 1023)) & 1023) // 4
+        if tid == 0:
             for stage in range(STAGES):
                 barrier_init(barriers, stage, uint32(PRODUCERS))
                 barrier_init(barriers, FLASH_EMPTY + stage, uint32(WGMMA_WARPS))
-            for i in range(2):
-                barrier_init(barriers, FLASH_SLOT_EMPTY + i, uint32(WGMMA_WARPS))
-                barrier_init(barriers, FLASH_TURN + i, uint32(4))
             barriers_ready()
         cuda.syncthreads()                 # else a thread uses a barrier that is not there yet
         start_next_kernel()
         wait_for_inputs()
-        if cuda.threadIdx.x < WGMMA_WARPS * WARP:
-            many_registers()
-            attend_tiles(ring, queries, keys, barriers, out, query_starts, seq_lens,
-                         LOG2E / math.sqrt(float32(D)))
-        else:
+        h, H, G, B = cuda.blockIdx.x, out.shape[1], k_cache.shape[2], seq_lens.shape[0]
+        g = h // (H // G)
+        # this thread block's tile: the requests' tiles are counted off one after another, from the
+        # last on, for it is the longest of its request
+        b, tile = B - 1, cuda.blockIdx.y
+        while b >= 0 and tile >= ceil_div_int(query_starts[b + 1] - query_starts[b], FLASH_QUERIES):
+            tile -= ceil_div_int(query_starts[b + 1] - query_starts[b], FLASH_QUERIES)
+            b -= 1
+        if b < 0:
+            return
+        end_t = query_starts[b + 1]
+        count = end_t - query_starts[b]
+        tile = ceil_div_int(count, FLASH_QUERIES) - 1 - tile
+        first_t = query_starts[b] + tile * FLASH_QUERIES
+        context = seq_lens[b] - (end_t - first_t)              # position of the tile's first query
+        S = min(context + FLASH_QUERIES, seq_lens[b])          # keys that its last query sees
+        num_tiles = ceil_div_int(S, KEYS)
+        if warp >= WGMMA_WARPS:
             few_registers()
-            copy_tiles(ring, queries, keys, barriers, qkv, k_cache, v_cache, block_tables, rows,
-                       query_starts, seq_lens, out.shape[1])
+            fill_ring(ring, first + QUERIES, barriers, k_cache, v_cache, block_tables[rows[b]], g,
+                      S, num_tiles)
+            return
+        many_registers()
+        load_queries(ring, first, qkv, h, first_t, end_t)
+        fence_shared()
+        meet(uint32(1), WGMMA_WARPS * WARP)         # else a warp multiplies queries not there yet
+        for half in range(2):
+            m[half], l[half] = NEG_INF, ZERO
+        for i in range(OUTS):
+            acc[i] = ZERO
+        scale = LOG2E / math.sqrt(float32(D))
+        q, position = first + warp // 4 * (64 * 32), context + warp * 16 + lane // 4
+        keys, values = first + QUERIES, first + QUERIES + PANELS * PANEL
+        stage, parity = 0, uint32(0)
+        await_barrier(barriers, 0, parity)
+        multiply_keys(x, ring, q, keys, out)
+        scores_wait(x, 0)
+        weigh(x, m, l, rescales, 0, position, scale)
+        pack_weights(p, x, out)
+        for j in range(1, num_tiles):
+            used = stage
+            stage, parity = next_stage(stage, parity, STAGES)
+            # the scores of this tile together with the sums of the one before: the tensor cores are
+            # free in one piece while these scores become weights
+            await_barrier(barriers, stage, parity)
+            multiply_keys(x, ring, q, keys + stage * STAGE, out)
+            wgmma_from_registers(acc, 0, p, 0, ring, values + used * STAGE, out)
+            scores_wait(x, 0)
+            sums_wait(acc, 0)
+            if lane == 0:
+                barrier_arrive(barriers, FLASH_EMPTY + used)
+            weigh(x, m, l, rescales, j * KEYS, position, scale)
+            for n in range(D // 8):
+                for i in range(4):
+                    acc[n * 4 + i] *= rescales[i // 2]
+            pack_weights(p, x, out)
+        wgmma_from_registers(acc, 0, p, 0, ring, values + stage * STAGE, out)
+        sums_wait(acc, 0)
+        store_sums(out, acc, l, h, first_t, end_t)
     return attention_wgmma_kernel
 
 
@@ -2825,10 +2769,9 @@ def attention_wgmma(out, qkv, k_cache, v_cache, block_tables, rows, query_starts
                         stream=stream)
         return
     # tiles do not span requests: at most one for each request is not full
-    tiles = H * min(T, T // FLASH_QUERIES + len(seq_lens))
-    launch(ATTENTION_WGMMA[D], min(tiles, num_multiprocessors()), WGMMA_WARPS * WARP + 4 * WARP,
-           stream, flash_shared(D), out, qkv, k_cache, v_cache, block_tables, rows, query_starts,
-           seq_lens)
+    grid, threads = (H, min(T, T // FLASH_QUERIES + len(seq_lens))), (WGMMA_WARPS + 4) * WARP
+    launch(ATTENTION_WGMMA[D], grid, threads, stream, flash_shared(D), out, qkv, k_cache, v_cache,
+           block_tables, rows, query_starts, seq_lens)
 
 
 # ---- decode: a warp walks tiles of 16 keys for R query heads at once ----
@@ -3795,7 +3738,7 @@ def forward_decode_ref(logits, x, h, qkv, o, act, kv_cache, parts, partial, arri
 def arrive(arrivals, meeting):
     """This thread block has come to a meeting: all that its consumers wrote before is visible to
     who waits for it."""
-    meet(CONSUMERS)                        # else the arrival is counted before all threads wrote
+    meet(uint32(1), CONSUMERS)                        # else the arrival is counted before all threads wrote
     if cuda.threadIdx.x == 0:
         add_release(arrivals, meeting, uint32(1))
 
@@ -3815,7 +3758,7 @@ def gather(arrivals, meeting):
     """All consumers wait for a meeting."""
     if cuda.threadIdx.x == 0:
         await_all(arrivals, meeting)
-    meet(CONSUMERS)                        # else a thread reads before the others have arrived
+    meet(uint32(1), CONSUMERS)                        # else a thread reads before the others have arrived
 
 
 @cuda.jit(device=True)
@@ -4111,7 +4054,7 @@ def make_attend_stages(D):
                 load_queries(q, qkv, b, g, R, G)
                 load_fresh(fresh, k_cache, v_cache, int64(shuffle(lane_slot, uint32(turn))), g)
             store_sums(sums, base, acc, m, l, R, scale)
-            meet(CONSUMERS)                # else a warp's sums are read before they are written
+            meet(uint32(1), CONSUMERS)                # else a warp's sums are read before they are written
             join_warps(out, partial, sums, base, done, done_g, done_j, R, only)
             # sums have two places: before this one is used again, all have met for the next item
             base = DECODE_WARPS * R * (D + 2) - base
