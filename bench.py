@@ -233,17 +233,21 @@ def attention_shape(requests, context, queries):
 # (row of KERNELS, label, dimensions): prefill of 2,048 tokens, and decode
 MODEL_SHAPES = [
     ("matmul tensor", "4096^3", dict(T=4096, N=4096, K=4096)),
+    ("matmul wgmma", "4096^3", dict(T=4096, N=4096, K=4096)),
     ("embedding", "T 2048", dict(T=2048, C=2048, V=128256)),
     ("rmsnorm", "T 2048", dict(T=2048, C=2048)),
     ("add_rmsnorm", "T 2048", dict(T=2048, C=2048)),
+    ("add_rmsnorm wide", "T 2048", dict(T=2048, C=2048)),
     ("add_rmsnorm", "T 1", dict(T=1, C=2048)),
     ("silu_mul", "T 2048", dict(T=2048, F=8192)),
     ("rope_write_kv", "T 2048", dict(T=2048, H=32, G=8, D=64, P=16)),
+    ("rope_write_kv wide", "T 2048", dict(T=2048, H=32, G=8, D=64, P=16)),
     ("matmul naive", "T 256 o", dict(T=256, **PROJECTIONS["o"])),
     ("matmul tiled", "T 256 o", dict(T=256, **PROJECTIONS["o"])),
-    *(("matmul tensor", f"T 2048 {name}", dict(T=2048, **shape))
-      for name, shape in PROJECTIONS.items()),
+    *((row, f"T 2048 {name}", dict(T=2048, **shape))
+      for row in ("matmul tensor", "matmul wgmma") for name, shape in PROJECTIONS.items()),
     ("matmul tensor SwiGLU", "T 2048 gate_up", dict(T=2048, **PROJECTIONS["gate_up"])),
+    ("matmul wgmma SwiGLU", "T 2048 gate_up", dict(T=2048, **PROJECTIONS["gate_up"])),
     ("matmul naive", "T 1 gate_up", dict(T=1, **PROJECTIONS["gate_up"])),
     ("matmul warp", "T 1 gate_up", dict(T=1, **PROJECTIONS["gate_up"])),
     *(("matmul streamed", f"T 1 {name}", dict(T=1, **shape))
@@ -256,6 +260,7 @@ MODEL_SHAPES = [
     ("attention threepass", "1 x 128", attention_shape(1, 128, 128)),
     ("attention online", "1 x 2048", attention_shape(1, 2048, 2048)),
     ("attention tiled", "1 x 2048", attention_shape(1, 2048, 2048)),
+    ("attention wgmma", "1 x 2048", attention_shape(1, 2048, 2048)),
     ("paged decode", "1 x 8192", attention_shape(1, 8192, 1)),
     ("paged decode split", "1 x 8192", attention_shape(1, 8192, 1)),
     ("paged decode split", "1 x 128", attention_shape(1, 128, 1)),
@@ -324,7 +329,8 @@ def bench_kernels(args, directory: Path) -> list[dict]:
     """Every kernel of KERNELS at the shapes of Llama 3.2 1B, as a share of what the GPU can do: of
     its rate of reads, or of cuBLAS at 4096^3 where torch is installed."""
     gpu = tinyvllm.Gpu(kernels.RUNGS["tensor"], eager=False)
-    table = {row.name: row for row in kernels.KERNELS}
+    capability = cuda.get_current_device().compute_capability
+    table = {row.name: row for row in kernels.KERNELS if kernels.runs_on(row, capability)}
     memory, found = cuda.device_array(1 << 29, np.uint16), cuda.device_array(1, np.uint32)
     read = graph_ms(gpu, [lambda: read_kernel[2048, 256, gpu.stream](found, memory)] * 4,
                     args.repeat)
@@ -332,7 +338,7 @@ def bench_kernels(args, directory: Path) -> list[dict]:
     rows = [{"row": "read", "shape": "1 GiB", "us": 1e3 * read, "GB/s": bandwidth, "% of": 100.0}]
     del memory
     peak = None
-    for name, label, dims in MODEL_SHAPES:
+    for name, label, dims in (shape for shape in MODEL_SHAPES if shape[0] in table):
         row, values = table[name], formula_values(dims)
         plain = len(row.types) == 1
         arguments = row.example(np.random.default_rng(0), (lambda a: a) if plain else (
@@ -395,7 +401,7 @@ def torch_ms(name: str, sets: list[list], repeat: int) -> float | None:
     if name.startswith("matmul") and "SwiGLU" not in name:
         out, pairs = tensor(sets[0][0]), [(tensor(s[1]), tensor(s[2]).t()) for s in sets]
         calls = [lambda x=x, w=w: torch.matmul(x, w, out=out) for x, w in pairs]
-    elif name in ("attention tiled", "paged decode split"):
+    elif name in ("attention tiled", "attention wgmma", "paged decode split"):
         calls = []
         for out, qkv, k_cache, v_cache, tables, rows, starts, seq_lens, *_ in sets[:4]:
             (T, H, D), (B, S, G) = out.shape, (len(seq_lens), int(seq_lens[0]), k_cache.shape[2])

@@ -510,7 +510,8 @@ def multiply_fragments(given, kind):
         halves = np.array(words, np.uint32).view(kind).astype(np.float32)
         b[row, column:column + 2], b[row, column + 8:column + 10] = halves[:2], halves[2:]
     product = gather_a([words for _, words, _ in given], kind) @ b.T               # (16, 8)
-    return [c + own for (c, _, _), own in zip(given, deal_c(product))]
+    with np.errstate(over="ignore"):
+        return [c + own for (c, _, _), own in zip(given, deal_c(product))]
 
 
 @instruction("mma.sync.aligned.m16n8k16.row.col.f32.DTYPE.DTYPE.f32 {0}, {1}, {2}, {0};",
@@ -563,7 +564,7 @@ def load_acquire(array, index):
 
 @instruction("barrier.sync {0}, {1};", "r", "r")
 def meet(number, threads):
-    """cuda.syncthreads for so many threads, whole warps, of a thread block; number 0 is that one."""
+    """cuda.syncthreads for so many threads, whole warps; the numbers are 0 (that itself) to 15."""
     manager = threading.current_thread()._manager.__dict__
     name = f"meeting {number}"
     (manager.get(name) or manager.setdefault(name, threading.Barrier(int(threads)))).wait()
@@ -653,8 +654,8 @@ def fence_copies():
 
 @instruction("fence.proxy.async.shared::cta;")
 def fence_shared():
-    """What this thread wrote in shared memory is there for tensor cores and the copy engine; what it
-    read, is before what the copy engine writes."""
+    """What this thread wrote in shared memory is there for tensor cores and the copy engine; what
+    it read, is before what the copy engine writes."""
 
 
 def address_of(array):
@@ -789,13 +790,13 @@ def make_wgmma_from_registers(N, ROWS):
     for step in range(ROWS // 16):
         text += (f"shr.u32 b, {{2}}, 4; add.u32 b, b, {(ROWS * 8 << 16) + step * 128}; "
                  f"mov.b64 y, {{{{b, {0x40000040}}}}};\n"
-                 f"wgmma.mma_async.sync.aligned.m64n{N}k16.f32.DTYPE.DTYPE {{0}}, {{1[{step}]}}, y, "
-                 "1, 1, 1, 1;\n")
+                 f"wgmma.mma_async.sync.aligned.m64n{N}k16.f32.DTYPE.DTYPE {{0}}, {{1[{step}]}}, "
+                 "y, 1, 1, 1, 1;\n")
     text += "wgmma.commit_group.sync.aligned;}}"
 
     def wgmma(c, i, a, j, b, k, like):
-        """C (64, N) f32 += A (64, ROWS) @ B (ROWS, N) of 16-bit elements; B lies in shared memory as
-        boxes left it. C is there, and A may change, after wgmma_wait.
+        """C (64, N) f32 += A (64, ROWS) @ B (ROWS, N) of 16-bit elements; B lies in shared memory
+        as boxes left it. C is there, and A may change, after wgmma_wait.
 
         warp w holds rows 16*w to 16*w + 15 of C as the other wgmma does, and of A, 16 columns in
         four words, as `mma` does
@@ -1202,7 +1203,8 @@ def add_rmsnorm_wide_kernel(out, x, delta, weight, eps):
             load_16_bytes(other, 0, weight, c)
             for i in range(4):
                 w = chunk * 4 + i
-                normed = pack(low_element(words[w], x) * scale, high_element(words[w], x) * scale, x)
+                normed = pack(low_element(words[w], x) * scale,
+                              high_element(words[w], x) * scale, x)
                 words[w] = pack(low_element(normed, x) * low_element(other[i], x),
                                 high_element(normed, x) * high_element(other[i], x), x)
             store_16_bytes(out, t * C + c, words, chunk * 4)
@@ -1550,10 +1552,10 @@ def matmul_silu_mul_tensor(out, x, weight, scratch, stream=0):
 # ---- fourth rung: Hopper ----
 #
 # One thread fills a ring of stages, each a tile of x and one of weight, 64 along K; two warpgroups
-# multiply them where they lie, 64 tokens each. A thread block stays, and takes one tile of out after
-# the other: the ring is full again before the last sums of a tile are stored.
+# multiply them where they lie, 64 tokens each. A thread block stays, and takes one tile of out
+# after the other: the ring is full again before the last sums of a tile are stored.
 
-WGMMA_T, RING_STAGES = 128, 4               # tokens of a tile
+WGMMA_T, RING_STAGES = 128, 4              # tokens of a tile
 RING_GROUP = 16                            # tiles of tokens that share a tile of weight in the L2
 RING_EMPTY = RING_STAGES                   # barriers: full[i] from 0 on, empty[i] from here on
 RING_BARRIERS = 2 * RING_STAGES
@@ -1561,6 +1563,7 @@ WGMMA_WARPS = 8
 
 
 def wgmma_stage_words(TILE_N):
+    """Words of a stage: 64 elements of each token and of each row of weight."""
     return (WGMMA_T + TILE_N) * 32
 
 
@@ -1580,6 +1583,7 @@ def make_matmul_wgmma(TILE_N, GATED):
 
     @cuda.jit(device=True)
     def fill_ring(ring, first, barriers, x_map, weight_map, tiles_t, tiles_n, steps):
+        """What the copying thread does."""
         stage, parity = 0, uint32(1)
         for item in range(cuda.blockIdx.x, tiles_t * tiles_n, cuda.gridDim.x):
             t, n = tile_of(item, tiles_t, tiles_n)
@@ -1598,8 +1602,9 @@ def make_matmul_wgmma(TILE_N, GATED):
 
     @cuda.jit(device=True)
     def store_tile(out, acc, t, n):
-        """Lane l holds columns 2*(l%4) and the next of rows l//4 and l//4 + 8 of each 8 columns; four
-        lanes turn 32 columns so that each stores 16 bytes: memory takes whole sectors of 32."""
+        """Lane l holds columns 2*(l%4) and the next of rows l//4 and l//4 + 8 of each 8 columns.
+        Four lanes turn 32 columns so that each stores 16 bytes: memory takes whole sectors of 32,
+        and half of one costs as much."""
         words = cuda.local.array(4, uint32)
         T, N = out.shape
         t += cuda.threadIdx.x // WARP * 16 + cuda.threadIdx.x % WARP // 4
@@ -1656,14 +1661,14 @@ def make_matmul_wgmma(TILE_N, GATED):
             return
         many_registers()
         lane, rows = tid % WARP, first + tid // (4 * WARP) * 64 * 32       # of x, in stage 0
+        weights = first + WGMMA_T * 32
         stage, parity, used = 0, uint32(0), 0
         for item in range(cuda.blockIdx.x, tiles_t * tiles_n, cuda.gridDim.x):
             for i in range(ACCUMULATORS):
                 acc[i] = ZERO
             for step in range(steps):
                 await_barrier(barriers, stage, parity)
-                wgmma(acc, 0, ring, rows + stage * STAGE, ring, first + stage * STAGE + WGMMA_T * 32,
-                      out)
+                wgmma(acc, 0, ring, rows + stage * STAGE, ring, weights + stage * STAGE, out)
                 if lane == 0 and step > 0:             # of the step before, which is done
                     barrier_arrive(barriers, RING_EMPTY + used)
                 used = stage
@@ -1678,8 +1683,8 @@ def make_matmul_wgmma(TILE_N, GATED):
 
 WGMMA_TILES = (64,) if SIMULATOR else (64, 128, 192, 256)
 MATMUL_WGMMA = {(TILE_N, gated): make_matmul_wgmma(TILE_N, gated)
-               for TILE_N in WGMMA_TILES for gated in (False, True)}
-TENSOR_MAPS = {}                             # tensor maps on the device, see DECODE_TABLES
+                for TILE_N in WGMMA_TILES for gated in (False, True)}
+TENSOR_MAPS = {}                           # on the device, never freed: see DECODE_TABLES
 
 
 def map_on_device(array, *description):
@@ -2524,9 +2529,9 @@ def attention_tiled(out, qkv, k_cache, v_cache, block_tables, rows, query_starts
 
 # ---- fourth rung, prefill: Hopper ----
 #
-# A warpgroup fills a ring of stages, each a tile of keys and values; two others own 64 queries each,
-# and the tensor cores work for one of them while the other takes exponents. Threads copy, 16 bytes
-# each: a block of the cache is too small a box to keep the copy engine busy.
+# A warpgroup fills a ring of stages, each a tile of keys and values; two others own 64 queries
+# each, and the tensor cores work for one of them while the other takes exponents. Threads copy, 16
+# bytes each: a block of the cache is too small a box to keep the copy engine busy.
 
 FLASH_QUERIES, FLASH_KEYS = 128, 128
 FLASH_HEADS = (64,) if SIMULATOR else (64, 128)
@@ -3738,7 +3743,7 @@ def forward_decode_ref(logits, x, h, qkv, o, act, kv_cache, parts, partial, arri
 def arrive(arrivals, meeting):
     """This thread block has come to a meeting: all that its consumers wrote before is visible to
     who waits for it."""
-    meet(uint32(1), CONSUMERS)                        # else the arrival is counted before all threads wrote
+    meet(uint32(1), CONSUMERS)             # else the arrival is counted before all threads wrote
     if cuda.threadIdx.x == 0:
         add_release(arrivals, meeting, uint32(1))
 
@@ -3758,7 +3763,7 @@ def gather(arrivals, meeting):
     """All consumers wait for a meeting."""
     if cuda.threadIdx.x == 0:
         await_all(arrivals, meeting)
-    meet(uint32(1), CONSUMERS)                        # else a thread reads before the others have arrived
+    meet(uint32(1), CONSUMERS)             # else a thread reads before the others have arrived
 
 
 @cuda.jit(device=True)
@@ -4054,7 +4059,7 @@ def make_attend_stages(D):
                 load_queries(q, qkv, b, g, R, G)
                 load_fresh(fresh, k_cache, v_cache, int64(shuffle(lane_slot, uint32(turn))), g)
             store_sums(sums, base, acc, m, l, R, scale)
-            meet(uint32(1), CONSUMERS)                # else a warp's sums are read before they are written
+            meet(uint32(1), CONSUMERS)     # else a warp's sums are read before they are written
             join_warps(out, partial, sums, base, done, done_g, done_j, R, only)
             # sums have two places: before this one is used again, all have met for the next item
             base = DECODE_WARPS * R * (D + 2) - base
@@ -4424,10 +4429,11 @@ def forward_decode(logits, x, h, qkv, o, act, kv_cache, parts, partial, arrivals
     left = PERSISTENT_SHARED // 4 - sum_words - 256 - num_x_stages * x_stage_words_of(N)
     stages = min(MAX_STAGES, left // STAGE_WORDS)
     threads = CONSUMERS + (2 if SIMULATOR else 4) * WARP       # a warpgroup has no half
-    launch(FORWARD_DECODE[D, N], num_multiprocessors(), threads, stream, PERSISTENT_SHARED, logits.reshape(B * V), x,
-           h, qkv, o, act.reshape(B * F), kv_cache, parts, partial, arrivals, tokens, positions,
-           slots, rows, seq_lens, splits, block_tables, cos, sin, embed, norms, plan, maps,
-           np.int32(stages), np.int32(num_x_stages), np.int32(sum_words), np.float32(eps))
+    launch(FORWARD_DECODE[D, N], num_multiprocessors(), threads, stream, PERSISTENT_SHARED,
+           logits.reshape(B * V), x, h, qkv, o, act.reshape(B * F), kv_cache, parts, partial,
+           arrivals, tokens, positions, slots, rows, seq_lens, splits, block_tables, cos, sin,
+           embed, norms, plan, maps, np.int32(stages), np.int32(num_x_stages), np.int32(sum_words),
+           np.float32(eps))
 
 
 def sum_words_of(H, G, D, C):
@@ -4676,6 +4682,11 @@ def kernel_row(name, twin, launcher, example, shapes, moves, does, mutation, **o
                    needs=(5, 0)) | options
     return SimpleNamespace(name=name, twin=twin, launcher=launcher, example=example, shapes=shapes,
                            moves=moves, does=does, mutation=mutation, **options)
+
+
+def runs_on(row, capability):
+    """Whether a GPU has the instructions of a row's kernel."""
+    return row.needs <= capability and (row.needs < (9, 0) or capability < (10, 0))
 
 
 TC = (dict(T=1, C=1), dict(T=3, C=50), dict(T=2, C=300))

@@ -444,8 +444,7 @@ def runs_here(row):
     """The simulator runs all kernels; a GPU those for its compute capability."""
     if not HAS_GPU:
         return True
-    capability = cuda.get_current_device().compute_capability
-    return row.needs <= capability and (row.needs < (9, 0) or capability < (10, 0))
+    return kernels.runs_on(row, cuda.get_current_device().compute_capability)
 
 
 def row_cases():
@@ -617,7 +616,7 @@ INSTRUCTIONS = {
                      "cp.async.bulk.tensor.3d", "mbarrier.try_wait"),
     "matmul wgmma SwiGLU": ("wgmma.mma_async", "cp.async.bulk.tensor.5d"),
     "attention wgmma": ("wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16", "ex2.approx",
-                        "cp.async.mbarrier.arrive.noinc", "fence.proxy.async.shared::cta"),
+                        "cp.async.cg.shared.global", "fence.proxy.async.shared::cta"),
     "matmul warp": ("shfl.sync.bfly",),
     "attention online": ("shfl.sync.bfly", "ex2.approx"),
     "attention tiled": (*TENSOR_CORES, "ldmatrix.sync", ".trans", "cp.async", "ex2.approx"),
@@ -959,7 +958,7 @@ def test_an_eager_engine_names_the_kernel_that_fails(small, monkeypatch):
     broken = lambda *arrays, stream: 1 / 0         # noqa: E731
     table = kernels.operations(**vars(kernels.RUNGS["tensor"]) | {"rope_write_kv": broken})
     monkeypatch.setitem(kernels.RUNGS, "tensor", table)
-    engine = Engine(small, device="cuda", enforce_eager=True)
+    engine = Engine(small, device="cuda", enforce_eager=True, rung="tensor")
     with pytest.raises(tinyvllm.KernelError, match="kernel rope_write_kv failed on arrays of"):
         engine.generate([[5, 6]], GREEDY)
     assert not engine.requests and not any(engine.allocator.ref_counts)

@@ -1400,7 +1400,8 @@ class Engine:
                              where there is one, otherwise the CPU
     dtype                    "bfloat16", "float16", "float32"; "auto": see pick_dtype
     rung                     of the kernels' ladders: "naive", "tiled", "tensor", "wgmma",
-                             "persistent"; "auto": the best. Of "persistent" one engine at a time for a GPU
+                             "persistent"; "auto": the best. Of "persistent" one engine at a
+                             time for a GPU
     enforce_eager            no graphs, and a wait after each kernel: errors name it
     seed                     of requests that bring none
     max_model_len            longest context, prompt and answer together; None: what the model and
