@@ -2114,7 +2114,7 @@ def readme_commands():
 @pytest.mark.parametrize("command", readme_commands())
 def test_a_command_of_the_readme_runs(command, tmp_path):
     (tmp_path / "question.txt").write_text("What is a warp?\n")
-    for name in ("tinyvllm.py", "kernels_numba.py", "bench.py", "demo"):
+    for name in ("tinyvllm.py", "kernels_numba.py", "bench.py", "demo", "README.md"):
         (tmp_path / name).symlink_to(ROOT / name)
     path = os.pathsep.join([os.path.dirname(sys.executable), os.environ["PATH"]])
     result = subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True,
@@ -2156,6 +2156,23 @@ def test_the_main_command_prints_an_answer_and_one_line_of_statistics():
     result = run_cli("--prompt", "What is PagedAttention?")
     assert result.returncode == 0 and "block" in result.stdout and result.stdout.endswith(".\n")
     assert "tokens/s" in result.stderr.splitlines()[-1] and "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize("number", range(17))
+def test_a_lesson_is_printed_with_the_places_of_its_code(number):
+    text = tinyvllm.find_lesson(number)
+    assert text.startswith(f"### Lesson {number}. ") and "### Lesson" not in text[5:]
+    places = re.findall(r"^    (\w+\.py):(\d+)  (\w+)$", text, re.MULTILINE)
+    assert places or number == 0                   # which is about the command
+    for file, line, name in places:
+        assert re.match(rf"\s*(def|class) {name}\b",
+                        (ROOT / file).read_text().splitlines()[int(line) - 1])
+
+
+def test_a_lesson_that_there_is_not():
+    result = run_cli("--lesson", "17")
+    assert result.returncode == 1 and not result.stdout
+    assert result.stderr == "error: there is no lesson 17: use --lesson 0 to 16\n"
 
 
 def test_steps_are_explained_and_traced(tmp_path):

@@ -2586,6 +2586,8 @@ def build_parser() -> argparse.ArgumentParser:
         help="a line on stderr for each step: who computed what, blocks, time, share of the bound")
     add("--trace", metavar="FILE.json", help="write all steps for chrome://tracing or "
         "ui.perfetto.dev")
+    add("--lesson", type=int, metavar="N", help="print lesson N of the course and where its code "
+        "stands, and do nothing else")
     return parser
 
 
@@ -2599,7 +2601,7 @@ def main(argv: list[str] | None = None) -> int:
         stream.reconfigure(errors="replace")
     parser = build_parser()
     args = parser.parse_args(argv)
-    if not (args.prompt or args.file or args.chat):
+    if not (args.prompt or args.file or args.chat or args.lesson is not None):
         parser.error('nothing to do: give --prompt "...", --file FILE, or --chat')
     if args.chat and (args.prompt or args.file or args.raw):
         parser.error("--chat reads its prompts from the terminal: leave out --prompt, --file and "
@@ -2608,6 +2610,10 @@ def main(argv: list[str] | None = None) -> int:
         parser.error("--raw uses no chat template, so a --system-prompt has no place: put it into "
                      "the prompt")
     try:
+        if args.lesson is not None:
+            print(find_lesson(args.lesson))
+            sys.stdout.flush()
+            return 0
         if args.device == "sim" and not kernels.SIMULATOR:
             return run_in_simulator(argv)
         status = run_command(args)
@@ -2628,6 +2634,26 @@ def main(argv: list[str] | None = None) -> int:
     except OSError as error:                       # a full disk, say
         note(f"error: {error}")
         return 1
+
+
+def find_lesson(number: int) -> str:
+    """A lesson of README.md, and the lines where the code begins that it names."""
+    home = Path(__file__).parent
+    lessons = {int(found[1]): found[0].rstrip() for found in re.finditer(
+        r"^### Lesson (\d+)\..*?(?=^##)", (home / "README.md").read_text(encoding="utf-8"),
+        re.MULTILINE | re.DOTALL)}
+    if number not in lessons:
+        raise UserError(f"there is no lesson {number}: use --lesson {min(lessons)} to "
+                        f"{max(lessons)}")
+    named = re.search(r"\*\*Code\.\*\*(.*?)(\*\*|\Z)", lessons[number], re.DOTALL)
+    names = [name.split(".")[-1] for name in re.findall(r"`([\w.]+)`", named[1] if named else "")]
+    places = []
+    for file in ("kernels_numba.py", "tinyvllm.py"):
+        for n, line in enumerate((home / file).read_text(encoding="utf-8").splitlines(), 1):
+            found = re.match(r"\s*(?:def|class) (\w+)", line)
+            if found and found[1] in names:
+                places.append(f"    {file}:{n}  {found[1]}")
+    return "\n".join([lessons[number], "", *places])
 
 
 def run_in_simulator(argv: list[str] | None) -> int:
