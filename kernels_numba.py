@@ -509,8 +509,8 @@ def multiply_fragments(given, kind):
         row, column = lane // 4, lane % 4 * 2
         halves = np.array(words, np.uint32).view(kind).astype(np.float32)
         b[row, column:column + 2], b[row, column + 8:column + 10] = halves[:2], halves[2:]
-    product = gather_a([words for _, words, _ in given], kind) @ b.T               # (16, 8)
-    with np.errstate(over="ignore"):
+    with np.errstate(over="ignore", invalid="ignore"):           # rows past the end may be anything
+        product = gather_a([words for _, words, _ in given], kind) @ b.T           # (16, 8)
         return [c + own for (c, _, _), own in zip(given, deal_c(product))]
 
 
