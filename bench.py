@@ -273,9 +273,10 @@ MODEL_SHAPES = [
 ]
 
 
-def formula_values(dims: dict) -> dict:
+def formula_values(name: str, dims: dict) -> dict:
     """The names that the cards' formulas use; S is what a query sees on average."""
-    values = dict(dims, E=2, J=dims.get("B", 0), QUERIES=64)
+    queries = kernels.FLASH_QUERIES if name == "attention wgmma" else 64
+    values = dict(dims, E=2, J=dims.get("B", 0), QUERIES=queries)
     if "L" in dims:
         H, G, D, C, F, L = (dims[name] for name in "HGDCFL")
         values |= dict(W=L * kernels.layer_size(H, G, D, C, F) + dims["V"] * C)
@@ -339,7 +340,7 @@ def bench_kernels(args, directory: Path) -> list[dict]:
     del memory
     peak = None
     for name, label, dims in (shape for shape in MODEL_SHAPES if shape[0] in table):
-        row, values = table[name], formula_values(dims)
+        row, values = table[name], formula_values(name, dims)
         plain = len(row.types) == 1
         arguments = row.example(np.random.default_rng(0), (lambda a: a) if plain else (
             lambda a: a.astype(ml_dtypes.bfloat16).view(np.uint16)), **dims)

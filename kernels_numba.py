@@ -562,11 +562,11 @@ def load_acquire(array, index):
 # threads that are done.
 
 
-@instruction("barrier.sync {0}, {1};", "r", "r")
-def meet(number, threads):
-    """cuda.syncthreads for so many threads, whole warps; the numbers are 0 (that itself) to 15."""
+@instruction("barrier.sync 1, {0};", "r")
+def meet(threads):
+    """cuda.syncthreads for the first `threads` threads, whole warps, of a thread block."""
     manager = threading.current_thread()._manager.__dict__
-    name = f"meeting {number}"
+    name = f"meeting of {threads}"
     (manager.get(name) or manager.setdefault(name, threading.Barrier(int(threads)))).wait()
 
 
@@ -822,6 +822,13 @@ def await_barrier(barriers, i, parity):
 
 
 @cuda.jit(device=True)
+def first_of_ring(ring, i):
+    """The first word from ring[i] on at a multiple of 1024 bytes, where stages begin: the order of
+    the pieces in a box comes from the address."""
+    return i + ((1024 - (shared_address(ring, i) & 1023)) & 1023) // 4
+
+
+@cuda.jit(device=True)
 def next_stage(stage, parity, stages):
     """The place after this one in a ring, and the parity of its phase."""
     if stage + 1 == stages:
@@ -943,10 +950,10 @@ def block_sum(value, threads):
     value = warp_sum(value)
     if tid % WARP == 0:
         partial[tid // WARP] = value
-    meet(uint32(1), threads)               # else a thread adds a partial that is not written yet
+    meet(threads)                          # else a thread adds a partial that is not written yet
     for warp in range(threads // WARP):
         total += partial[warp]
-    meet(uint32(1), threads)               # else the next sum overwrites what a slow thread reads
+    meet(threads)                          # else the next sum overwrites what a slow thread reads
     return total
 
 
@@ -1555,11 +1562,11 @@ def matmul_silu_mul_tensor(out, x, weight, scratch, stream=0):
 # multiply them where they lie, 64 tokens each. A thread block stays, and takes one tile of out
 # after the other: the ring is full again before the last sums of a tile are stored.
 
-WGMMA_T, RING_STAGES = 128, 4              # tokens of a tile
+WGMMA_T, RING_STAGES = 128, 4              # tokens of a tile; tiles along K under way
 RING_GROUP = 16                            # tiles of tokens that share a tile of weight in the L2
 RING_EMPTY = RING_STAGES                   # barriers: full[i] from 0 on, empty[i] from here on
 RING_BARRIERS = 2 * RING_STAGES
-WGMMA_WARPS = 8
+WGMMA_WARPS = 8                            # that multiply: two warpgroups
 
 
 def wgmma_stage_words(TILE_N):
@@ -1643,9 +1650,7 @@ def make_matmul_wgmma(TILE_N, GATED):
         barriers = cuda.shared.array(RING_BARRIERS, uint64)
         acc = cuda.local.array(ACCUMULATORS, float32)
         tid = cuda.threadIdx.x
-        # subtle: the order of the pieces in a box comes from the address, so a stage begins at a
-        # multiple of 1024 bytes
-        first = ((1024 - (shared_address(ring, 0) & 1023)) & 1023) // 4
+        first = first_of_ring(ring, 0)
         if tid == 0:
             for stage in range(RING_STAGES):
                 barrier_init(barriers, stage, uint32(1))
@@ -2020,6 +2025,16 @@ def write_kv(k_cache, v_cache, k, v, slots, stream=0):
     write_kv_kernel[(T, G), WARP, stream](k_cache, v_cache, k, v, slots)
 
 
+def rope_shapes(qkv, k_cache, v_cache, cos, sin, positions, slots):
+    """(T, H+2G, D) of a rotation with its caches, whose operands must agree."""
+    (T, heads, D), G = qkv.shape, k_cache.shape[2]
+    assert k_cache.shape == v_cache.shape and k_cache.shape[3] == D and heads > 2 * G, (
+        qkv.shape, k_cache.shape, v_cache.shape)
+    assert cos.shape == sin.shape and 2 * cos.shape[1] == D, (qkv.shape, cos.shape, sin.shape)
+    assert positions.shape == slots.shape == (T,), (qkv.shape, positions.shape, slots.shape)
+    return T, heads, D
+
+
 def rope_write_kv_ref(qkv, k_cache, v_cache, cos, sin, positions, slots):
     """Rotates q in place, and writes k, rotated, and v into their blocks.
 
@@ -2079,11 +2094,7 @@ def rope_write_kv_kernel(qkv, k_cache, v_cache, cos, sin, positions, slots):
 
 
 def rope_write_kv(qkv, k_cache, v_cache, cos, sin, positions, slots, stream=0):
-    (T, heads, D), G = qkv.shape, k_cache.shape[2]
-    assert k_cache.shape == v_cache.shape and k_cache.shape[3] == D and heads > 2 * G, (
-        qkv.shape, k_cache.shape, v_cache.shape)
-    assert cos.shape == sin.shape and 2 * cos.shape[1] == D, (qkv.shape, cos.shape, sin.shape)
-    assert positions.shape == slots.shape == (T,), (qkv.shape, positions.shape, slots.shape)
+    T, heads, D = rope_shapes(qkv, k_cache, v_cache, cos, sin, positions, slots)
     grid, threads = (T, ceil_div(heads, ROPE_HEADS)), (WARP, ROPE_HEADS)
     rope_write_kv_kernel[grid, threads, stream](qkv, k_cache, v_cache, cos, sin, positions, slots)
 
@@ -2138,11 +2149,7 @@ def rope_write_kv_wide_kernel(qkv, k_cache, v_cache, cos, sin, positions, slots)
 
 
 def rope_write_kv_wide(qkv, k_cache, v_cache, cos, sin, positions, slots, stream=0):
-    (T, heads, D), G = qkv.shape, k_cache.shape[2]
-    assert k_cache.shape == v_cache.shape and k_cache.shape[3] == D and heads > 2 * G, (
-        qkv.shape, k_cache.shape, v_cache.shape)
-    assert cos.shape == sin.shape and 2 * cos.shape[1] == D, (qkv.shape, cos.shape, sin.shape)
-    assert positions.shape == slots.shape == (T,), (qkv.shape, positions.shape, slots.shape)
+    T, _, D = rope_shapes(qkv, k_cache, v_cache, cos, sin, positions, slots)
     assert D % 16 == 0, f"head_dim is {D}, expected a multiple of 16"
     rope_write_kv_wide_kernel[T, THREADS, stream](qkv, k_cache, v_cache, cos, sin, positions, slots)
 
@@ -2691,8 +2698,7 @@ def make_attention_wgmma(D):
         l = cuda.local.array(2, float32)
         rescales = cuda.local.array(2, float32)
         tid, lane, warp = cuda.threadIdx.x, cuda.threadIdx.x % WARP, cuda.threadIdx.x // WARP
-        # subtle: tensor cores take the order of the pieces in a row from the address
-        first = ((1024 - (shared_address(ring, 0) & 1023)) & 1023) // 4
+        first = first_of_ring(ring, 0)
         if tid == 0:
             for stage in range(STAGES):
                 barrier_init(barriers, stage, uint32(PRODUCERS))
@@ -2726,7 +2732,7 @@ def make_attention_wgmma(D):
         many_registers()
         load_queries(ring, first, qkv, h, first_t, end_t)
         fence_shared()
-        meet(uint32(1), WGMMA_WARPS * WARP)         # else a warp multiplies queries not there yet
+        meet(WGMMA_WARPS * WARP)           # else a warp multiplies queries not there yet
         for half in range(2):
             m[half], l[half] = NEG_INF, ZERO
         for i in range(OUTS):
@@ -3743,7 +3749,7 @@ def forward_decode_ref(logits, x, h, qkv, o, act, kv_cache, parts, partial, arri
 def arrive(arrivals, meeting):
     """This thread block has come to a meeting: all that its consumers wrote before is visible to
     who waits for it."""
-    meet(uint32(1), CONSUMERS)             # else the arrival is counted before all threads wrote
+    meet(CONSUMERS)                        # else the arrival is counted before all threads wrote
     if cuda.threadIdx.x == 0:
         add_release(arrivals, meeting, uint32(1))
 
@@ -3763,7 +3769,7 @@ def gather(arrivals, meeting):
     """All consumers wait for a meeting."""
     if cuda.threadIdx.x == 0:
         await_all(arrivals, meeting)
-    meet(uint32(1), CONSUMERS)             # else a thread reads before the others have arrived
+    meet(CONSUMERS)                        # else a thread reads before the others have arrived
 
 
 @cuda.jit(device=True)
@@ -4059,7 +4065,7 @@ def make_attend_stages(D):
                 load_queries(q, qkv, b, g, R, G)
                 load_fresh(fresh, k_cache, v_cache, int64(shuffle(lane_slot, uint32(turn))), g)
             store_sums(sums, base, acc, m, l, R, scale)
-            meet(uint32(1), CONSUMERS)     # else a warp's sums are read before they are written
+            meet(CONSUMERS)                # else a warp's sums are read before they are written
             join_warps(out, partial, sums, base, done, done_g, done_j, R, only)
             # sums have two places: before this one is used again, all have met for the next item
             base = DECODE_WARPS * R * (D + 2) - base
@@ -4337,9 +4343,7 @@ def make_forward_decode(D, N):
         acc = cuda.local.array(ACCUMULATORS, float32)
         acc_far = cuda.local.array(ACCUMULATORS, float32)  # of tokens from 128 on
         tid, num_matrices = cuda.threadIdx.x, kv_cache.shape[1] * 4 + 1
-        # subtle: the order of the pieces in a box comes from the address, so a stage begins at a
-        # multiple of 1024 bytes
-        first = sum_words + ((1024 - (shared_address(ring, sum_words) & 1023)) & 1023) // 4
+        first = first_of_ring(ring, sum_words)
         if tid == 0:
             for stage in range(stages):
                 barrier_init(barriers, stage, uint32(1))
