@@ -36,7 +36,6 @@ import itertools
 import math
 import sys
 import threading
-import warnings
 from types import SimpleNamespace
 
 import ml_dtypes
@@ -53,7 +52,7 @@ else:
     from numba.cuda.extending import intrinsic
 
 # a step of one token is a small grid, and is meant to be
-warnings.filterwarnings("ignore", message=".*Grid size .* low occupancy")
+config.CUDA_LOW_OCCUPANCY_WARNINGS = 0
 
 # a kernel of three warpgroups, which must be known for the registers to be shared out among them
 THREE_WARPGROUPS = {} if SIMULATOR else dict(launch_bounds=(384, 1))
@@ -1267,10 +1266,14 @@ def matmul_shapes(out, x, weight, gated=False):
     return T, N, K
 
 
+GRANTED = set()                            # compiled kernels that may have what they asked for
+
+
 def launch(kernel, grid, threads, stream, shared, *arguments):
     """kernel[grid, threads, stream, shared](*arguments), however much shared memory that is: more
-    than 48 KB has to be asked for, for each compiled kernel."""
-    if not SIMULATOR and shared > 48 << 10:
+    than 48 KB has to be asked for, once for each compiled kernel."""
+    compiled_for = kernel, shared, *((a.dtype, a.ndim) for a in arguments)
+    if not SIMULATOR and shared > 48 << 10 and compiled_for not in GRANTED:
         from cuda.bindings import driver
         compiled = kernel.compile(tuple(kernel.typeof_pyval(a) for a in arguments))
         error, = driver.cuKernelSetAttribute(
@@ -1278,6 +1281,7 @@ def launch(kernel, grid, threads, stream, shared, *arguments):
             driver.CUkernel(int(compiled._codelibrary.get_cufunc().kernel.handle)),
             driver.CUdevice(cuda.get_current_device().id))
         assert error == driver.CUresult.CUDA_SUCCESS, f"{shared} bytes of shared memory: {error}"
+        GRANTED.add(compiled_for)
     kernel[grid, threads, stream, shared](*arguments)
 
 
@@ -2823,12 +2827,12 @@ def make_attention_sums(D, IN_ORDER):
     def add_scores(acc, m, l, x, p, R, first, end, scale, like):
         """The online softmax of R heads, 16 keys further: x (16 heads, 16 keys), as mma leaves it,
         becomes weights, packed in p as an A fragment; acc, m and l fit the new maximum."""
-        lane = cuda.threadIdx.x % WARP
+        seen = int32(end - first - cuda.threadIdx.x % 4 * 2)   # keys from this lane's first on
         for half in range(2):
             p[half], p[2 + half] = uint32(0), uint32(0)
             if R > half * 8:               # of 8 heads or fewer the second half is nobody's
                 for i in range(4):
-                    if first + i // 2 * 8 + lane % 4 * 2 + i % 2 >= end:
+                    if i // 2 * 8 + i % 2 >= seen:
                         x[half * 2 + i // 2 * 4 + i % 2] = NEG_INF
                 new_m = max(max(x[half * 2], x[half * 2 + 1]),
                             max(x[half * 2 + 4], x[half * 2 + 5]))
@@ -3811,7 +3815,9 @@ def stream_context(ring, first, stage, stages, parity, barriers, maps, item, lay
     """A warp fills stages with keys and values of all items of this thread block: for each block of
     the cache, its keys and then its values. It may run before this step's own are written: who uses
     them puts those in, see patch_tile."""
-    lane, box, stride = cuda.threadIdx.x % WARP, min(P, KEYS), cuda.gridDim.x
+    lane, stride, block = cuda.threadIdx.x % WARP, cuda.gridDim.x, uint32(P)
+    box = uint32(min(P, KEYS))
+    boxes = divide(uint32(KEYS), box)      # of a stage; all in 32 bits, this warp sets the pace
     items = int64(load_word(splits, seq_lens.shape[0])) * G
     # each lane has looked up one of the thread block's next 32 items: one item after another these
     # loads, each of which waits for the one before, would take longer than the copies
@@ -3826,31 +3832,32 @@ def stream_context(ring, first, stage, stages, parity, barriers, maps, item, lay
         next_k, next_end, next_n, next_blocks = open_context(turn, row, key, S, P, block_tables)
         g = uint32(item - int64(divide(uint32(item), uint32(G))) * G)
         # invariant: a stage begins with a block or inside one, for SPLIT is a multiple of P
-        from_lane, token = 0, uint32(0)
-        while k < end:
-            boxes = KEYS // box
-            if end - k < KEYS:
-                boxes = int64(divide(uint32(end - k + box - 1), uint32(box)))
+        from_lane, token, left = uint32(0), uint32(0), uint32(end - k)
+        while left > 0:
+            count, tokens = boxes, uint32(KEYS)
+            if left < tokens:
+                count, tokens = divide(uint32(left + box - uint32(1)), box), left
             if from_lane == WARP:
-                from_lane, n = 0, n + WARP
+                from_lane, n = uint32(0), n + WARP
                 blocks = load_word(block_tables, min(n + lane, block_tables.size - 1))
             await_barrier(barriers, EMPTY + stage, parity)
             if lane == 0:
-                barrier_expect(barriers, stage, uint32(boxes * box * D * 4))
-            at = first + stage * STAGE_WORDS
-            for i in range(boxes):
-                slot = uint32(shuffle(blocks, uint32(from_lane + i)) * uint32(P) + token)
+                barrier_expect(barriers, stage, uint32(count * box * uint32(D * 4)))
+            at, i = first + stage * STAGE_WORDS, uint32(0)
+            while i < count:
+                slot = uint32(shuffle(blocks, uint32(from_lane + i)) * block + token)
                 if lane == 0:
                     for part in range(D // 64):
                         copy_box_5d(ring, at + part * KEYS * 64, maps, KV_MAP * 16,
                                     uint32(part * 64), g, slot, uint32(layer), uint32(0), barriers,
                                     stage)
-                at += box * 64
-            token += uint32(KEYS)                              # the next stage: in the same block
-            if token >= uint32(P):                             # or past it
-                token, from_lane = uint32(0), from_lane + KEYS // box
+                at += box * uint32(64)
+                i = uint32(i + uint32(1))
+            token = uint32(token + uint32(KEYS))               # the next stage: in the same block
+            if token >= block:                                 # or past it
+                token, from_lane = uint32(0), uint32(from_lane + boxes)
             stage, parity = next_stage(stage, parity, stages)
-            k += KEYS
+            left = uint32(left - tokens)
         k, end, n, blocks = next_k, next_end, next_n, next_blocks
         item += stride
     return item - items, stage, parity
@@ -3981,22 +3988,39 @@ def make_attend_stages(D):
         meet_warp()
 
     @cuda.jit(device=True)
-    def add_tile(acc, m, l, q, ring, at, row, box, x, p, words, R, first, end, scale, like):
-        """16 keys, from `row` of a stage on, and their values."""
+    def load_keys(words, ring, at, row, box, step):
+        """16 channels of 16 keys, from `row` of a stage on."""
         lane = cuda.threadIdx.x % WARP
+        load_matrices(words, step % 4 * 4, ring, at + place_of(
+            row + lane // 16 * 8 + lane % 8, step * 2 + lane // 8 % 2, 0, box))
+
+    @cuda.jit(device=True)
+    def load_values(words, ring, at, row, box, step):
+        """16 channels of their values."""
+        lane = cuda.threadIdx.x % WARP
+        load_matrices_transposed(words, step % 4 * 4, ring, at + place_of(
+            row + lane % 16, step * 2 + lane // 16, 1, box))
+
+    @cuda.jit(device=True)
+    def add_tile(acc, m, l, q, ring, at, row, box, x, p, keys, values, R, first, end, scale, like):
+        """16 keys, from `row` of a stage on, and their values; 64 channels at once are on their way
+        to registers, of the values before the weights are known."""
         for i in range(8):
             x[i] = ZERO
-        for step in range(D // 16):                            # x (16 heads, 16 keys) = q @ k.T
-            load_matrices(words, 0, ring, at + place_of(row + lane // 16 * 8 + lane % 8,
-                                                        step * 2 + lane // 8 % 2, 0, box))
-            mma(x, 0, q, step * 4, words, 0, like)
-            mma(x, 4, q, step * 4, words, 2, like)
+        for part in range(D // 64):                            # x (16 heads, 16 keys) = q @ k.T
+            for step in range(4):
+                load_keys(keys, ring, at, row, box, part * 4 + step)
+            for step in range(4):
+                mma(x, 0, q, part * 16 + step * 4, keys, step * 4, like)
+                mma(x, 4, q, part * 16 + step * 4, keys, step * 4 + 2, like)
+        for step in range(4):
+            load_values(values, ring, at, row, box, step)
         add_scores(acc, m, l, x, p, R, first, end, scale, like)
-        for pair in range(D // 16):                            # acc (16 heads, D) += p @ v
-            load_matrices_transposed(words, 0, ring, at + place_of(
-                row + lane % 16, pair * 2 + lane // 16, 1, box))
-            mma(acc, pair * 8, p, 0, words, 0, like)
-            mma(acc, pair * 8 + 4, p, 0, words, 2, like)
+        for step in range(D // 16):                            # acc (16 heads, D) += p @ v
+            if step >= 4:
+                load_values(values, ring, at, row, box, step)
+            mma(acc, step * 8, p, 0, values, step % 4 * 4, like)
+            mma(acc, step * 8 + 4, p, 0, values, step % 4 * 4 + 2, like)
 
     @cuda.jit(device=True)
     def open_item(item, turn, b, key, S, G):
@@ -4015,7 +4039,8 @@ def make_attend_stages(D):
         it back, for the ring has one order."""
         q = cuda.local.array(Q_WORDS, uint32)
         fresh = cuda.local.array(FRESH_WORDS, uint32)
-        words = cuda.local.array(4, uint32)
+        keys = cuda.local.array(16, uint32)
+        values = cuda.local.array(16, uint32)
         x = cuda.local.array(8, float32)
         p = cuda.local.array(4, uint32)
         acc = cuda.local.array(OUTS, float32)
@@ -4043,9 +4068,9 @@ def make_attend_stages(D):
                 tile_key, at = k + own * 16, first + stage * STAGE_WORDS
                 if own < TILES and tile_key < end:
                     if tile_key + 16 >= S:
-                        patch_tile(ring, at, own * 16 + S - 1 - tile_key, box, fresh, words)
-                    add_tile(acc, m, l, q, ring, at, own * 16, box, x, p, words, R, tile_key, end,
-                             scale, out)
+                        patch_tile(ring, at, own * 16 + S - 1 - tile_key, box, fresh, keys)
+                    add_tile(acc, m, l, q, ring, at, own * 16, box, x, p, keys, values, R, tile_key,
+                             end, scale, out)
                 meet_warp()                # else a stage is given back that a lane still reads
                 if lane == 0:
                     barrier_arrive(barriers, EMPTY + stage)

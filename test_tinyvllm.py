@@ -1277,7 +1277,8 @@ def check_cache(engine, content):
     for block_hash, block in allocator.block_of.items():
         context, parent = content[block * P + P - 1], b""
         for i in range(0, len(context), P):
-            parent = tinyvllm.hash_block(parent, list(context[i:i + P]))
+            tokens = np.array(context[i:i + P], np.int32).tobytes()
+            parent = tinyvllm.hash_block(parent, tokens)
         assert parent == block_hash
 
 

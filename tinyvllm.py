@@ -1038,9 +1038,9 @@ class BlockAllocator:
         self.hash_of.clear()
 
 
-def hash_block(parent: bytes, token_ids: list[int]) -> bytes:
+def hash_block(parent: bytes, tokens: bytes) -> bytes:
     """SHA-256 of the parent's hash and the tokens: a collision would hand out a wrong context."""
-    return hashlib.sha256(parent + np.array(token_ids, np.int32).tobytes()).digest()
+    return hashlib.sha256(parent + tokens).digest()
 
 
 # -----------------------------------------------------------------------------
@@ -1223,9 +1223,10 @@ class Gpu:
 
         Decode steps come again and again, and are recorded at once; prefill steps when their shape
         comes a second time, for most of them never do."""
-        graph = self.graphs.get(shape)
-        if graph is not None:
-            self.call(self.driver.cuGraphLaunch(graph, self.handle))
+        if shape in self.graphs:
+            if self.graphs[shape] is None:
+                self.graphs[shape] = self.record(work)
+            self.call(self.driver.cuGraphLaunch(self.graphs[shape], self.handle))
             return
         with tqdm(desc="preparing kernels", unit=" launches", delay=1, leave=False) as bar:
             self.progress = bar
@@ -1233,12 +1234,8 @@ class Gpu:
                 work()
             finally:
                 self.progress = None
-        if self.eager:
-            return
-        if shape[0] == "decode" or shape in self.graphs:
-            self.graphs[shape] = self.record(work)
-        else:
-            self.graphs[shape] = None
+        if not self.eager:
+            self.graphs[shape] = self.record(work) if shape[0] == "decode" else None
 
     def record(self, work: Callable, overlap: bool = True):
         """Captures what `work` launches, without running it, as an executable graph, in which
@@ -1584,7 +1581,9 @@ class Engine:
         # one block more than there are: padding of a step writes there, nobody reads it
         cache = new((2, cfg.num_hidden_layers, num_blocks + 1, P, G, D), elements)
         self.kv_cache = cache
-        self.k_cache, self.v_cache = cache[0], cache[1]                   # (L, blocks, P, G, D)
+        # of each layer, (blocks, P, G, D)
+        self.k_cache, self.v_cache = ([half[l] for l in range(cfg.num_hidden_layers)]
+                                      for half in (cache[0], cache[1]))
         self.x = new((T, cfg.hidden_size), elements)                      # residual stream
         self.h = new((T, cfg.hidden_size), elements)                      # normed input of a matmul
         self.delta = new((T, cfg.hidden_size), elements)                  # what a matmul adds to x
@@ -1680,7 +1679,8 @@ class Engine:
         V = self.cfg.vocab_size
         if not ids:
             raise UserError("the prompt is empty, expected at least one token")
-        for token in ids:
+        plain = set(map(type, ids)) == {int} and 0 <= min(ids) and max(ids) < V
+        for token in () if plain else ids:         # slower by far, and knows which one
             if not is_token_id(token, V):
                 raise UserError(f"the prompt holds token id {token!r}, expected integers from 0 to "
                                 f"{V - 1}")
@@ -1701,7 +1701,7 @@ class Engine:
                             f"or use --max-model-len {len(ids) + 1} or more, if model (up to "
                             f"{self.cfg.max_position_embeddings}) and --kv-cache-memory-bytes "
                             "allow")
-        request = Request(request_id, text, [int(token) for token in ids], params,
+        request = Request(request_id, text, ids if plain else [int(token) for token in ids], params,
                           RequestMetrics(time.perf_counter()))
         seed = params.seed if params.seed is not None else int(self.rng.integers(2**63))
         for i in range(params.n):
@@ -1873,11 +1873,12 @@ class Engine:
 
     def full_block_hashes(self, seq: Sequence, num_blocks: int) -> list[bytes]:
         """Chained hashes of the first num_blocks blocks, computed once: tokens never change."""
-        P = self.block_size
-        for i in range(len(seq.block_hashes), num_blocks):
-            parent = seq.block_hashes[-1] if seq.block_hashes else b""
-            seq.block_hashes.append(hash_block(parent, seq.token_ids[i * P:(i + 1) * P]))
-        return seq.block_hashes[:num_blocks]
+        hashes, size = seq.block_hashes, 4 * self.block_size           # bytes of a block's tokens
+        new = seq.token_ids[len(hashes) * self.block_size:num_blocks * self.block_size]
+        data = np.array(new, np.int32).tobytes()
+        for at in range(0, len(data), size):
+            hashes.append(hash_block(hashes[-1] if hashes else b"", data[at:at + size]))
+        return hashes[:num_blocks]
 
     def register_full_blocks(self, seq: Sequence, num_tokens: int) -> None:
         """Names the blocks that this prefill fills, before it runs: a layer writes all its K and V
