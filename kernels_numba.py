@@ -49,6 +49,7 @@ if SIMULATOR:
 else:
     from llvmlite import ir
     from numba import types
+    from numba.cuda.cudadrv.devicearray import DeviceNDArray
     from numba.cuda.extending import intrinsic
 
 # a step of one token is a small grid, and is meant to be
@@ -861,6 +862,60 @@ else:
     wait_for_inputs = dependent_launch("wait_for_inputs", "griddepcontrol.wait;")
 
 
+# Launching. `kernel[grid, threads, stream](...)` is Numba's way. It takes a tenth of a millisecond
+# of the host, longer than most kernels of a step run: those of the upper rungs take `launch`.
+
+HANDLES = {}                               # kernel, shared memory and types -> the driver's kernel
+
+
+def launch(kernel, grid, threads, stream, shared, *arguments):
+    """kernel[grid, threads, stream, shared](*arguments), by the driver itself, in a fifth of the
+    time; and with as much shared memory as the GPU has. Arguments: arrays on the device, and NumPy
+    scalars of 32 bits."""
+    if SIMULATOR:
+        kernel[grid, threads, stream, shared](*arguments)
+        return
+    from cuda.bindings import driver
+    arguments = [a if isinstance(a, (np.generic, DeviceNDArray)) else cuda.as_cuda_array(a)
+                 for a in arguments]
+    key = kernel, shared, *((a.dtype, a.ndim) for a in arguments)
+    if key not in HANDLES:
+        HANDLES[key] = compile_for_driver(kernel, shared, arguments)
+    # what a Numba kernel takes for an array: two owners, which device code has no use for, number
+    # and size of its elements, address, shape, strides
+    words = []
+    for a in arguments:
+        if a.ndim:
+            words += 0, 0, a.size, a.dtype.itemsize, a.device_ctypes_pointer.value or 0
+            words += *a.shape, *a.strides
+        else:
+            words.append(int(a.view(np.uint32)))
+    words = np.array(words, np.uint64)
+    addresses = words.ctypes.data + 8 * np.arange(len(words), dtype=np.uint64)
+    (x, y), stream = grid if isinstance(grid, tuple) else (grid, 1), getattr(stream, "handle", 0)
+    error, = driver.cuLaunchKernel(HANDLES[key], x, y, 1, threads, 1, 1, shared, int(stream),
+                                   addresses.ctypes.data, 0)
+    if error != driver.CUresult.CUDA_SUCCESS:
+        raise RuntimeError(f"{kernel.__name__} was not launched: {error.name}")
+
+
+def compile_for_driver(kernel, shared, arguments):
+    """The kernel for these types of arguments; more than 48 KB of shared memory it must ask for."""
+    from cuda.bindings import driver
+    compiled = kernel.compile(tuple(kernel.typeof_pyval(a) for a in arguments))
+    handle = driver.CUkernel(int(compiled._codelibrary.get_cufunc().kernel.handle))
+    if shared > 48 << 10:
+        error, = driver.cuKernelSetAttribute(
+            driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, shared,
+            handle, driver.CUdevice(cuda.get_current_device().id))
+        assert error == driver.CUresult.CUDA_SUCCESS, f"{shared} bytes of shared memory: {error}"
+    return handle
+
+
+def num_multiprocessors():
+    return 1 if SIMULATOR else cuda.get_current_device().MULTIPROCESSOR_COUNT
+
+
 # The three element types: `widen` reads one as float32, `narrow` rounds a float32 to an array's.
 
 if SIMULATOR:
@@ -1222,7 +1277,7 @@ def add_rmsnorm_wide(out, x, delta, weight, eps, stream=0):
         add_rmsnorm(out, x, delta, weight, eps, stream)
         return
     assert out.shape == x.shape == delta.shape and weight.shape == (C,), (out.shape, delta.shape)
-    add_rmsnorm_wide_kernel[T, THREADS, stream](out, x, delta, weight, np.float32(eps))
+    launch(add_rmsnorm_wide_kernel, T, THREADS, stream, 0, out, x, delta, weight, np.float32(eps))
 
 
 # -----------------------------------------------------------------------------
@@ -1264,29 +1319,6 @@ def matmul_shapes(out, x, weight, gated=False):
     shapes = f"out {out.shape}, x {x.shape}, weight {weight.shape}"
     assert out.shape == (T, N // 2 if gated else N) and weight.shape == (N, K), shapes
     return T, N, K
-
-
-GRANTED = set()                            # compiled kernels that may have what they asked for
-
-
-def launch(kernel, grid, threads, stream, shared, *arguments):
-    """kernel[grid, threads, stream, shared](*arguments), however much shared memory that is: more
-    than 48 KB has to be asked for, once for each compiled kernel."""
-    compiled_for = kernel, shared, *((a.dtype, a.ndim) for a in arguments)
-    if not SIMULATOR and shared > 48 << 10 and compiled_for not in GRANTED:
-        from cuda.bindings import driver
-        compiled = kernel.compile(tuple(kernel.typeof_pyval(a) for a in arguments))
-        error, = driver.cuKernelSetAttribute(
-            driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, shared,
-            driver.CUkernel(int(compiled._codelibrary.get_cufunc().kernel.handle)),
-            driver.CUdevice(cuda.get_current_device().id))
-        assert error == driver.CUresult.CUDA_SUCCESS, f"{shared} bytes of shared memory: {error}"
-        GRANTED.add(compiled_for)
-    kernel[grid, threads, stream, shared](*arguments)
-
-
-def num_multiprocessors():
-    return 1 if SIMULATOR else cuda.get_current_device().MULTIPROCESSOR_COUNT
 
 
 # ---- first rung: one thread for an output ----
@@ -2155,7 +2187,8 @@ def rope_write_kv_wide_kernel(qkv, k_cache, v_cache, cos, sin, positions, slots)
 def rope_write_kv_wide(qkv, k_cache, v_cache, cos, sin, positions, slots, stream=0):
     T, _, D = rope_shapes(qkv, k_cache, v_cache, cos, sin, positions, slots)
     assert D % 16 == 0, f"head_dim is {D}, expected a multiple of 16"
-    rope_write_kv_wide_kernel[T, THREADS, stream](qkv, k_cache, v_cache, cos, sin, positions, slots)
+    launch(rope_write_kv_wide_kernel, T, THREADS, stream, 0, qkv, k_cache, v_cache, cos, sin,
+           positions, slots)
 
 
 # -----------------------------------------------------------------------------

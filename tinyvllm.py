@@ -1385,6 +1385,9 @@ def pick_rung(rung: str, cfg: Config, dtype: str, device: str, block_size: int) 
 # has sampled. So a request that has ended may be in one more step, whose token is dropped.
 
 DEFAULT_CACHE_BYTES = 4 << 30            # on the CPU, or half of what is free, if that is less
+# a chunk is cut to a half, a third, ... for each so many tokens that it has behind it, while others
+# decode: attention makes its tokens ever dearer, and they should not wait ever longer
+CHUNK_CONTEXT = 4096
 
 
 class Engine:
@@ -1793,9 +1796,13 @@ class Engine:
         """Chunks for this step: whoever has begun goes on, then the queue in its order."""
         budget, chunks = self.max_num_batched_tokens, []
         candidates = deque(seq for seq in self.running if not seq.is_decoding)
+        others_wait = len(candidates) < len(self.running)
         while budget and (candidates or self.admit(candidates)):
             seq = candidates.popleft()
             count = min(budget, seq.prefill_end - seq.num_computed)
+            if others_wait:
+                share = 1 + seq.num_computed // CHUNK_CONTEXT
+                count = min(count, ceil_div(self.max_num_batched_tokens, share))
             self.register_full_blocks(seq, seq.num_computed + count)
             chunks.append((seq, count))
             budget -= count
