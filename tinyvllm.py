@@ -10,7 +10,7 @@
     6. BlockAllocator         the KV cache is a pool of blocks                (lessons 11 and 14)
     7. Host and Gpu           where arrays live and how a step is run                  (lesson 16)
     8. Engine                 schedule -> pack -> forward -> sample -> retire  (lessons 1 and 13)
-    9. What a step did        reports for --explain and --trace               (lessons 13 and 14)
+    9. What a step did        --explain, --step and --trace               (lessons 13, 14 and 15)
    10. Command line
 
 The computation itself is in kernels_numba.py, whose dimension key (T, B, S, C, ...) holds here too.
@@ -948,6 +948,8 @@ class Batch:
     changes: Counter = field(default_factory=Counter)     # blocks taken, shared, evicted for it
     cached: dict[str, int] = field(default_factory=dict)  # tokens that newcomers found in the cache
     preempted: list[str] = field(default_factory=list)    # whose blocks it took
+    held: dict[str, list[int]] = field(default_factory=dict)   # block tables, if somebody watches
+    kernels: list[tuple[str, float]] = field(default_factory=list)     # names, seconds, if timed
     started: float = 0.0                           # time.perf_counter()
 
     @property
@@ -1069,12 +1071,26 @@ def pointer(array) -> int:
     return array.__cuda_array_interface__["data"][0]
 
 
+def through(launch: Callable, operations) -> SimpleNamespace:
+    """The operations, each called by launch(name, operation, *arrays)."""
+    return SimpleNamespace(**{name: partial(launch, name, operation)
+                              for name, operation in vars(operations).items()})
+
+
 class Host:
     """NumPy; or the simulator, whose arrays only pretend to be on a GPU."""
     pipelined = False
 
     def __init__(self, operations, simulated: bool):
-        self.ops, self.simulated = operations, simulated
+        self.ops, self.simulated = through(self.launch, operations), simulated
+        self.timing = False                        # whether kernel_times will be asked for
+        self.times: list[tuple[str, float]] = []
+
+    def launch(self, name: str, operation: Callable, *arrays) -> None:
+        began = time.perf_counter()
+        operation(*arrays)
+        if self.timing:
+            self.times.append((name, time.perf_counter() - began))
 
     def empty(self, shape, dtype) -> np.ndarray:
         return (cuda.device_array if self.simulated else np.empty)(shape, dtype)
@@ -1095,7 +1111,12 @@ class Host:
         return lambda: values
 
     def run(self, shape, work: Callable) -> None:
+        self.times = []
         work()
+
+    def kernel_times(self) -> list[tuple[str, float]]:
+        """Name and seconds of each operation of the last step."""
+        return self.times
 
 
 class Gpu:
@@ -1110,9 +1131,13 @@ class Gpu:
         self.driver, self.eager = driver, eager
         self.stream = cuda.stream()
         self.handle = driver.CUstream(int(self.stream.handle))
-        self.ops = SimpleNamespace(**{name: partial(self.launch, name, launcher)
-                                      for name, launcher in vars(operations).items()})
+        self.ops = through(self.launch, operations)
         self.graphs = {}                  # shape of a step -> its graph, None if it came only once
+        self.timing = False                        # whether kernel_times will be asked for
+        self.marks = []                            # (name, event after it) of what is launched
+        self.spare_marks = []                      # events that no graph holds
+        self.marks_of = {}                         # shape -> those in its graph
+        self.recording = False
         self.progress = None                       # a bar, while kernels are compiled
         self.pinned = deque()                      # of fetched tokens, the next to be used first
         # what is on its way lies in one of two halves, which are filled in turns
@@ -1134,6 +1159,8 @@ class Gpu:
             self.progress.update()
         try:
             launcher(*arrays, stream=self.stream)
+            if self.timing:
+                self.mark(name)
             if self.eager:
                 self.stream.synchronize()
         except Exception as error:
@@ -1225,17 +1252,52 @@ class Gpu:
         comes a second time, for most of them never do."""
         if shape in self.graphs:
             if self.graphs[shape] is None:
-                self.graphs[shape] = self.record(work)
+                self.graphs[shape] = self.record_step(shape, work)
             self.call(self.driver.cuGraphLaunch(self.graphs[shape], self.handle))
+            self.marks = self.marks_of[shape]
             return
         with tqdm(desc="preparing kernels", unit=" launches", delay=1, leave=False) as bar:
             self.progress = bar
             try:
+                self.begin_marks()
                 work()
             finally:
                 self.progress = None
         if not self.eager:
-            self.graphs[shape] = self.record(work) if shape[0] == "decode" else None
+            launched = self.marks
+            self.graphs[shape] = self.record_step(shape, work) if shape[0] == "decode" else None
+            self.marks = launched
+
+    def record_step(self, shape, work: Callable):
+        """The graph of a step; one whose kernels are timed keeps them apart."""
+        graph = self.record(work, overlap=not self.timing)
+        self.marks_of[shape] = self.marks
+        return graph
+
+    def begin_marks(self) -> None:
+        self.marks = []
+        if self.timing:
+            self.mark("")
+
+    def mark(self, name: str) -> None:
+        """An event behind what was launched last; in a graph it becomes a node."""
+        n, flags = len(self.marks), self.driver.CUevent_record_flags
+        if self.recording or n == len(self.spare_marks):
+            event = self.call(self.driver.cuEventCreate(0))
+            self.spare_marks += [event] * (not self.recording)
+        else:
+            event = self.spare_marks[n]
+        self.call(self.driver.cuEventRecordWithFlags(
+            event, self.handle, flags.CU_EVENT_RECORD_EXTERNAL if self.recording
+            else flags.CU_EVENT_RECORD_DEFAULT))
+        self.marks.append((name, event))
+
+    def kernel_times(self) -> list[tuple[str, float]]:
+        """Name and seconds of each operation of the last step, which the host waits for. Those of a
+        shape's first step, launched one by one, include the host's time between them."""
+        self.stream.synchronize()
+        return [(name, self.call(self.driver.cuEventElapsedTime(before, event)) / 1e3)
+                for (_, before), (name, event) in zip(self.marks, self.marks[1:])]
 
     def record(self, work: Callable, overlap: bool = True):
         """Captures what `work` launches, without running it, as an executable graph, in which
@@ -1243,9 +1305,12 @@ class Gpu:
         driver = self.driver
         self.call(driver.cuStreamBeginCapture(
             self.handle, driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_RELAXED))
+        self.recording = True
         try:
+            self.begin_marks()
             work()
         finally:
+            self.recording = False
             graph = self.call(driver.cuStreamEndCapture(self.handle))
         if overlap and cuda.get_current_device().compute_capability >= (9, 0):
             self.overlap_kernels(graph)
@@ -1488,6 +1553,7 @@ class Engine:
         self.cached: dict[str, int] = {}           # since the last step was scheduled: prefix hits
         self.preempted: list[str] = []             # and whoever gave way
         self.on_step: Callable[[StepReport], None] | None = None   # told of each finished step
+        self.keep_logits = False                   # for those reports: the host waits for each step
         self.num_steps = 0
         self.read_at, self.freed_before = 0.0, 0   # when the last step was read, blocks freed then
 
@@ -2099,6 +2165,8 @@ class Engine:
                 batch.changes = self.allocator.counts - before
                 batch.cached, self.cached = self.cached, {}
                 batch.preempted, self.preempted = self.preempted, []
+                if self.on_step:
+                    batch.held = {seq.name: list(seq.block_table) for seq in self.running}
             self.batch = batch or self.batch
             self.in_flight = self.start(batch) if batch else None
         except BaseException as error:
@@ -2127,7 +2195,10 @@ class Engine:
                 self.fill_bias(seq)
         self.place.run(step.shape, lambda: self.compute(step))
         tokens = self.place.fetch(step.sampled)
-        wanted = [b for b in batch.ready if batch.sequences[b].params.logprobs is not None]
+        if self.place.timing:
+            batch.kernels = self.place.kernel_times()
+        wanted = [b for b in batch.ready
+                  if self.keep_logits or batch.sequences[b].params.logprobs is not None]
         logits = {b: self.place.download(self.logits[b]).copy() for b in wanted}
         self.score_prompts(batch)
         for seq, end in zip(batch.sequences, batch.seq_lens):
@@ -2138,7 +2209,7 @@ class Engine:
 
     def retire_step(self, batch: Batch, tokens: Callable, logits: dict) -> list[Request]:
         """Gives the tokens of a finished step to their sequences: the requests that grew."""
-        grown = {}
+        grown, choices = {}, []
         try:
             sampled = tokens()
             for b in batch.ready:
@@ -2146,7 +2217,8 @@ class Engine:
                 seq.num_pending -= 1
                 if seq.finish_reason:              # it ended while this step was under way
                     continue
-                if b in logits and token >= 0:
+                choices.append(Choice(seq, batch.seq_lens[b], token, logits.get(b)))
+                if seq.params.logprobs is not None and token >= 0:
                     entry = self.logprobs_of(logits[b], token, seq.params.logprobs)
                     seq.logprobs.append(entry)
                     seq.cumulative_logprob += entry[token].logprob
@@ -2157,13 +2229,13 @@ class Engine:
             raise
         self.num_tokens[batch.kind] += batch.num_tokens
         self.num_steps += 1
-        report = self.report(batch) if self.on_step else None
+        report = self.report(batch, choices) if self.on_step else None
         self.read_at, self.freed_before = time.perf_counter(), self.allocator.counts["freed"]
         if report:
             self.on_step(report)
         return list(grown)
 
-    def report(self, batch: Batch) -> StepReport:
+    def report(self, batch: Batch, choices: list[Choice]) -> StepReport:
         """What a step did that has just been read."""
         cfg, L = self.cfg, self.cfg.num_hidden_layers
         H, G, D = cfg.num_attention_heads, cfg.num_key_value_heads, cfg.head_dim
@@ -2184,7 +2256,7 @@ class Engine:
             len(self.allocator.ref_counts),
             (in_layers + lm_head + 2 * L * G * D * keys) * self.elements.itemsize,
             2 * in_layers * batch.num_tokens + 2 * lm_head * len(batch.ready)
-            + 4 * L * H * D * pairs)
+            + 4 * L * H * D * pairs, batch.held, batch.kernels, choices)
 
     def logprobs_of(self, logits: np.ndarray, token: int, count: int) -> dict[int, Logprob]:
         """The chosen token and the `count` likeliest (-1: all) of one row of raw logits."""
@@ -2402,10 +2474,20 @@ def load_tokenizer(directory: Path) -> Tokenizer | None:
 
 
 # -----------------------------------------------------------------------------
-# 9. What a step did                                          (lessons 13 and 14)
+# 9. What a step did                                    (lessons 13, 14 and 15)
 #
-# The engine tells of each step when its tokens have been read: as a line on standard error
-# (--explain), or in a file that a trace viewer draws (--trace).
+# The engine tells of each step when its tokens have been read: as a line on standard error, or a
+# picture of slots and blocks where that is a terminal (--explain); with the candidates of each
+# token, one step at a time (--step); in a file that a trace viewer or a browser draws (--trace).
+
+
+@dataclass
+class Choice:
+    """A token that a step sampled."""
+    sequence: Sequence
+    position: int                                  # tokens of context that it follows
+    token: int
+    logits: np.ndarray | None                      # (V,) raw, if Engine.keep_logits
 
 
 @dataclass
@@ -2424,6 +2506,9 @@ class StepReport:
     num_blocks: int
     bytes: int                                     # weights and contexts, each read once
     flops: int
+    held: dict[str, list[int]]                     # request -> its blocks when the step was made
+    kernels: list[tuple[str, float]]               # in their order, with seconds, if timed
+    choices: list[Choice]
 
 
 def measure_ceilings(engine: Engine) -> tuple[float, float]:
@@ -2443,8 +2528,8 @@ def measure_ceilings(engine: Engine) -> tuple[float, float]:
     return matrix.nbytes / (middle - begin), 2 * 1024**3 / (end - middle)
 
 
-def explain(report: StepReport, ceilings: tuple[float, float]) -> str:
-    """A step in one line."""
+def summarize(report: StepReport) -> str:
+    """What a step computed, and what became of the blocks, in one line."""
     prefill, members = report.kind == "prefill", report.members
     shown = ", ".join(f"{name} {end - count}..{end - 1}" if prefill else name
                       for name, count, end in members[:8]) + ", ..." * (len(members) > 8)
@@ -2463,65 +2548,272 @@ def explain(report: StepReport, ceilings: tuple[float, float]) -> str:
         line += f"; preempted {', '.join(report.preempted)}"
     if report.num_waiting:
         line += f"; {report.num_waiting} waiting"
+    return line
+
+
+def share_of_bound(report: StepReport, ceilings: tuple[float, float]) -> str:
+    """How long a step took, and how much of what the machine can do that is."""
     bandwidth, speed = ceilings
     moving, computing = report.bytes / bandwidth, report.flops / speed
     bound = "memory" if moving > computing else "arithmetic"
-    return (f"{line}; {report.seconds * 1e6:,.0f} us, "
+    return (f"{report.seconds * 1e6:,.0f} us, "
             f"{100 * max(moving, computing) / report.seconds:.0f} % of what {bound} allows")
 
 
+def explain(report: StepReport, ceilings: tuple[float, float]) -> str:
+    """A step in one line."""
+    return f"{summarize(report)}; {share_of_bound(report, ceilings)}"
+
+
+LETTERS = "abcdefghijklmnopqrstuvwxyz"
+COLOURS = 39, 208, 77, 170, 220, 44, 203, 111, 149, 213        # of 256, legible on black and white
+
+
+def letter_of(name: str) -> tuple[str, int]:
+    """The letter and the colour that stand for a request: ids count up."""
+    n = int(name.split(".")[0]) - 1 if name.split(".")[0].isdecimal() else sum(map(ord, name))
+    return LETTERS[n % len(LETTERS)], COLOURS[n % len(COLOURS)]
+
+
+def painted(text: str, colour: int) -> str:
+    return f"\x1b[38;5;{colour}m{text}\x1b[0m"
+
+
+class LiveView:
+    """What the engine holds, drawn in place after each step: the running requests, and a map of the
+    KV blocks with a letter for each owner, a capital where several share a block."""
+    SLOTS, MAP_LINES, SECONDS_APART = 16, 8, 0.05
+
+    def __init__(self, engine: Engine, ceilings: tuple[float, float], width: int):
+        self.engine, self.ceilings, self.width = engine, ceilings, width
+        self.height, self.drawn_at = 0, 0.0
+
+    def show(self, report: StepReport) -> None:
+        """Draws over what was drawn before. The last step stays: what follows stands below it."""
+        last = not self.engine.requests
+        if last or time.perf_counter() - self.drawn_at >= self.SECONDS_APART:
+            lines = self.draw(report)
+            note(f"\x1b[{self.height}F\x1b[J" * (self.height > 0) + "\n".join(lines))
+            self.height, self.drawn_at = 0 if last else len(lines), time.perf_counter()
+
+    def draw(self, report: StepReport) -> list[str]:
+        running, width = self.engine.running, self.width
+        lines = [summarize(report)[:width], share_of_bound(report, self.ceilings)]
+        for seq in running[:self.SLOTS]:
+            letter, colour = letter_of(seq.name)
+            computed = f"{seq.num_computed:5d}" + (
+                f" of {seq.prefill_end} prefilled" if not seq.is_decoding else " tokens")
+            text = seq.text.replace("\n", " ")[-max(0, width - len(computed) - len(seq.name) - 6):]
+            lines.append(f"{painted(letter, colour)} {seq.name} {computed}  {text}")
+        left_out = len(running) - self.SLOTS
+        if left_out > 0 or self.engine.waiting:
+            lines.append(f"{max(0, left_out)} more running, {len(self.engine.waiting)} waiting")
+        return lines + self.map_of_blocks(report)
+
+    def map_of_blocks(self, report: StepReport) -> list[str]:
+        """A cell for one block, or for several of which the first with an owner counts."""
+        counts, named = self.engine.allocator.ref_counts, self.engine.allocator.hash_of
+        owners = {block: seq.name for seq in self.engine.running for block in seq.block_table}
+        shown = min(len(counts), max([*owners, *named, self.width - 1]) + 1)
+        size = ceil_div(shown, self.width * self.MAP_LINES)            # blocks in a cell
+        cells = []
+        for first in range(0, shown, size):
+            blocks = range(first, min(first + size, shown))
+            owned = next((block for block in blocks if block in owners), None)
+            if owned is not None:
+                letter, colour = letter_of(owners[owned])
+                cells.append(painted(letter.upper() if counts[owned] > 1 else letter, colour))
+            else:
+                cells.append("-" if any(block in named for block in blocks) else ".")
+        several = f", {size} in a cell" if size > 1 else ""
+        lines = [f"KV blocks 0 to {shown - 1} of {len(counts)}{several}: {report.blocks_in_use} in "
+                 "use, - cached, . free"[:self.width]]
+        return lines + ["".join(cells[i:i + self.width])
+                        for i in range(0, len(cells), self.width)]
+
+
+def explain_choice(choice: Choice, tokenizer: Tokenizer | None, count: int = 5) -> str:
+    """The likeliest candidates for a token, and why the sampler took this one."""
+    seq, params, V = choice.sequence, choice.sequence.params, len(choice.logits)
+
+    def spelled(ids):
+        return repr(tokenizer.decode(ids, skip_special_tokens=False)) if tokenizer else str(ids)
+    probabilities = kernels.softmax_ref(choice.logits)
+    scores = edited_logits(choice)
+    kept = np.full(V, True)
+    if params.greedy:
+        noise, why = np.zeros(V, np.float32), "greedy: the largest logit"
+    else:
+        scores /= np.float32(params.temperature)
+        kernels.top_k_ref(scores, params.top_k)
+        if params.top_p < 1:
+            kernels.top_p_ref(scores, params.top_p)
+        if params.min_p > 0:
+            kernels.min_p_ref(scores, params.min_p)
+        kept = scores > -np.inf
+        noise = kernels.gumbel_ref(seq.seed, choice.position, V)
+        why = (f"the largest logit / {params.temperature:g} + noise, which seed {seq.seed} and "
+               f"position {choice.position} make, of the {kept.sum()} tokens that top-k, top-p and "
+               "min-p leave")
+    likeliest = np.argsort(-probabilities, kind="stable")[:count].tolist()
+    lines = [f"request {seq.name}, after {spelled(seq.token_ids[:choice.position][-8:])}: {why}"]
+    for token in likeliest + [choice.token] * (choice.token not in likeliest):
+        mark = ">" if token == choice.token else " "
+        line = (f"  {mark} {spelled([token]):<16} {100 * probabilities[token]:6.2f} %  logit "
+                f"{choice.logits[token]:8.3f}")
+        if not params.greedy:
+            line += (f"  noise {noise[token]:+7.3f}  score {scores[token] + noise[token]:8.3f}"
+                     if kept[token] else "  filtered out")
+        lines.append(line)
+    return "\n".join(lines)
+
+
+def edited_logits(choice: Choice) -> np.ndarray:
+    """(V,) float32 logits of a choice after bias and penalties, as its sampler saw them."""
+    seq, params, logits = choice.sequence, choice.sequence.params, choice.logits.copy()
+    for token, value in params.logit_bias.items():
+        logits[token] += np.float32(value)
+    if params.penalizes:
+        prompt, V = seq.request.prompt_token_ids, len(logits)
+        counts = np.bincount(seq.token_ids[len(prompt):choice.position], minlength=V)
+        kernels.penalize_ref(logits, counts, np.bincount(prompt, minlength=V) > 0,
+                             params.repetition_penalty, params.presence_penalty,
+                             params.frequency_penalty)
+    return logits
+
+
+class Stepper:
+    """Shows the candidates of each token, and waits for the Enter key after each step."""
+
+    def __init__(self, engine: Engine):
+        self.engine, self.shows, self.waits = engine, True, True
+
+    def show(self, report: StepReport) -> None:
+        if not self.shows:
+            return
+        if sys.stdout.isatty():                    # below the text that has come so far
+            note("")
+        for choice in report.choices:
+            note(explain_choice(choice, self.engine.tokenizer))
+        if self.waits:
+            note("Enter: the next step; c: go on without stopping; q: end here")
+            line = sys.stdin.readline()
+            self.waits = line != ""                # or the input has ended: nobody is there
+            self.shows = line.strip() != "c"
+            self.engine.interrupted = line.strip() == "q"
+
+
 class Trace:
-    """Steps as chrome://tracing and ui.perfetto.dev draw them: a row of all steps, a row for each
-    request, and the blocks in use (Trace Event Format)."""
+    """A file of all steps: for chrome://tracing and ui.perfetto.dev (.json, Trace Event Format), or
+    a page that any browser shows (.html)."""
 
     def __init__(self, path: str):
-        if not path.endswith(".json"):
-            raise UserError(f"--trace {path}: expected a file name that ends in .json")
+        if not path.endswith((".json", ".html")):
+            raise UserError(f"--trace {path}: expected a file name that ends in .json or .html")
         try:
             self.file = open(path, "w", encoding="utf-8")      # now, not after the work
         except OSError as error:
             raise UserError(f"cannot write --trace {path}: {error.strerror}") from None
+        self.as_page = path.endswith(".html")
         self.events: list[dict] = []
-        self.rows = {"steps": 0}
+        self.rows = {"steps": 0, "kernels": 1}
+        self.steps: list[dict] = []
+        self.held: dict[str, list[int]] = {}                   # when the step before was made
 
     def add(self, report: StepReport) -> None:
-        common = dict(ph="X", ts=report.started * 1e6, dur=report.seconds * 1e6, pid=0)
-        self.events.append(common | dict(
-            name=report.kind, tid=0, args=dict(
-                step=report.number, requests=len(report.members), **report.changes,
-                freed=report.freed, cached=report.cached, preempted=report.preempted,
-                waiting=report.num_waiting, bytes=report.bytes, flops=report.flops)))
+        if self.as_page:
+            self.add_step(report)
+        else:
+            self.add_events(report)
+
+    def add_events(self, report: StepReport) -> None:
+        """A row of all steps, one of all kernels, a row for each request, and the blocks in use."""
+        def event(name, row, started, seconds, **args):
+            self.events.append(dict(name=name, ph="X", ts=started * 1e6, dur=seconds * 1e6, pid=0,
+                                    tid=row, args=args))
+        event(report.kind, 0, report.started, report.seconds, step=report.number,
+              requests=len(report.members), **report.changes, freed=report.freed,
+              cached=report.cached, preempted=report.preempted, waiting=report.num_waiting,
+              bytes=report.bytes, flops=report.flops)
+        began = report.started
+        for name, seconds in report.kernels:
+            event(name, 1, began, seconds)
+            began += seconds
         for name, count, end in report.members:
             row = self.rows.setdefault(f"request {name}", len(self.rows))
-            self.events.append(common | dict(name=f"{report.kind} {count}", tid=row,
-                                             args=dict(tokens=count, context=end)))
+            event(f"{report.kind} {count}", row, report.started, report.seconds, tokens=count,
+                  context=end)
         self.events.append(dict(name="KV blocks", ph="C", ts=report.started * 1e6, pid=0,
                                 args={"in use": report.blocks_in_use}))
 
-    def write(self) -> None:
-        names = [dict(name="thread_name", ph="M", pid=0, tid=row, args=dict(name=name))
-                 for name, row in self.rows.items()]
+    def add_step(self, report: StepReport) -> None:
+        """Of the block tables only what is new: they grow at the end, or are given back whole."""
+        gone = [name for name, blocks in self.held.items()
+                if report.held.get(name, [])[:len(blocks)] != blocks]
+        took = {name: blocks[0 if name in gone else len(self.held.get(name, [])):]
+                for name, blocks in report.held.items()}
+        self.held = report.held
+        kernels_us = Counter()
+        for name, seconds in report.kernels:
+            kernels_us[name] += 1e6 * seconds
+        self.steps.append(dict(
+            line=summarize(report), kind=report.kind, at=report.started, us=1e6 * report.seconds,
+            members=report.members, gone=gone, waiting=report.num_waiting,
+            took={name: blocks for name, blocks in took.items() if blocks},
+            kernels={name: round(us, 1) for name, us in kernels_us.most_common()}))
+
+    def write(self, engine: Engine) -> None:
         with self.file as file:
+            if self.as_page:
+                data = dict(title=engine.describe(), blocks=len(engine.allocator.ref_counts),
+                            block_size=engine.block_size, steps=self.steps)
+                # subtle: a request may be named "</script>"
+                text = json.dumps(data).replace("<", "\\u003c")
+                page = (Path(__file__).parent / "assets" / "trace.html").read_text("utf-8")
+                file.write(page.replace("/*DATA*/", text))
+                return
+            names = [dict(name="thread_name", ph="M", pid=0, tid=row, args=dict(name=name))
+                     for name, row in self.rows.items()]
             json.dump({"traceEvents": names + self.events, "displayTimeUnit": "ms"}, file)
 
 
 @contextmanager
-def watching(engine: Engine, explained: bool, trace: Trace | None):
+def watching(engine: Engine, args: argparse.Namespace, trace: Trace | None):
     """Tells of every step meanwhile; the trace is written even if the work is interrupted."""
-    ceilings = measure_ceilings(engine) if explained else None
+    watchers = []
+    if args.explain:
+        ceilings = measure_ceilings(engine)
+        if draws_live(args):
+            width = shutil.get_terminal_size().columns - 1
+            watchers.append(LiveView(engine, ceilings, width).show)
+        else:
+            watchers.append(lambda report: note(explain(report, ceilings)))
+    if args.step:
+        watchers.append(Stepper(engine).show)
+    if trace:
+        watchers.append(trace.add)
 
     def watch(report: StepReport) -> None:
-        if explained:
-            note(explain(report, ceilings))
-        if trace:
-            trace.add(report)
-    engine.on_step = watch if explained or trace else None
+        for watcher in watchers:
+            watcher(report)
+    engine.on_step = watch if watchers else None
+    engine.keep_logits, engine.place.timing = args.step, trace is not None
     try:
         yield
     finally:
-        engine.on_step = None
+        engine.on_step, engine.keep_logits, engine.place.timing = None, False, False
         if trace:
-            trace.write()
+            trace.write(engine)
+
+
+def draws_live(args: argparse.Namespace) -> bool:
+    """Whether --explain is a picture: not in a file, and not where --step writes between."""
+    return args.explain and not args.step and sys.stderr.isatty()
+
+
+def streams(args: argparse.Namespace) -> bool:
+    """Whether text comes out as it grows; a picture on the same terminal shows it meanwhile."""
+    return not (draws_live(args) and sys.stdout.isatty())
 
 
 # -----------------------------------------------------------------------------
@@ -2591,9 +2883,12 @@ def build_parser() -> argparse.ArgumentParser:
     add("--stats", action=argparse.BooleanOptionalAction, default=True,
         help="speed and memory on stderr")
     add("--explain", action="store_true",
-        help="a line on stderr for each step: who computed what, blocks, time, share of the bound")
-    add("--trace", metavar="FILE.json", help="write all steps for chrome://tracing or "
-        "ui.perfetto.dev")
+        help="each step on stderr: who computed what, blocks, time, share of the bound; at a "
+        "terminal as a picture of requests and KV blocks")
+    add("--step", action="store_true", help="stop after each step, and show the candidates for each "
+        "token and why the sampler took one")
+    add("--trace", metavar="FILE", help="write all steps, and the times of their kernels: FILE.html "
+        "for a browser, FILE.json for chrome://tracing or ui.perfetto.dev")
     add("--lesson", type=int, metavar="N", help="print lesson N of the course and where its code "
         "stands, and do nothing else")
     return parser
@@ -2696,7 +2991,7 @@ def run_command(args: argparse.Namespace) -> int:
         note("sampling: " + ", ".join(f"{name} {getattr(params, name)} ({source})"
                                       for name, source in sources.items()))
     if args.chat:
-        with watching(engine, args.explain, trace):
+        with watching(engine, args, trace):
             return chat_loop(engine, params, args)
     system = [{"role": "system", "content": args.system_prompt}] if args.system_prompt else []
     if not args.raw:
@@ -2705,7 +3000,7 @@ def run_command(args: argparse.Namespace) -> int:
     if args.verbose_prompt:
         for prompt in prompts:
             note(repr(engine.read_prompt(prompt)))
-    with watching(engine, args.explain, trace):
+    with watching(engine, args, trace):
         return answer(engine, prompts, params, args)
 
 
@@ -2782,7 +3077,9 @@ def answer(engine: Engine, prompts: list, params: SamplingParams, args: argparse
         with interrupt_between_steps(engine):
             for output in engine.run(request_ids):
                 latest[output.request_id] = output
-                show(everything=False)
+                if streams(args):
+                    show(everything=False)
+            show(everything=False)
     except KeyboardInterrupt:
         latest = {request_id: request.output() for request_id, request in requests.items()}
         show(everything=True)
@@ -2904,11 +3201,12 @@ def chat_answer(engine: Engine, messages: list[dict], params: SamplingParams,
     try:
         with interrupt_between_steps(engine):
             for output in engine.stream(prompt, params):
-                print(output["text"][len(text):], end="", flush=True)
+                if streams(args):
+                    print(output["text"][len(text):], end="", flush=True)
                 text = output["text"]
     except KeyboardInterrupt:
         pass
-    print(flush=True)
+    print("" if streams(args) else text, flush=True)
     if output and output.finished:
         if output["finish_reason"] == "error":
             raise UserError(output["stop_reason"])
