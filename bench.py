@@ -5,6 +5,7 @@
     python bench.py prefill                       # prompts alone: time to the first token
     python bench.py serve                         # continuous batching against static batching
     python bench.py start                         # from the command to the first character
+    python bench.py ladder --shape 1b             # the engine on each rung of its kernels, on a GPU
     python bench.py kernels --svg assets/roofline.svg          # every kernel, on a GPU
 
 --shape 1b is Llama 3.2 1B with random weights, made on the spot: no download. Rows are named as
@@ -96,7 +97,7 @@ def bench_decode(args, directory: Path) -> list[dict]:
                   "tokens/s": batch / step, "ms/step": 1e3 * step,
                   "with prefill": batch * new / total, "GB/s": moved / step / 1e9}]
     if args.vs == "transformers":
-        rows += bench_transformers(args, directory)
+        rows += decode_transformers(args, directory, engine.cfg.vocab_size)
     return rows
 
 
@@ -131,28 +132,45 @@ def bench_prefill(args, directory: Path) -> list[dict]:
                                      for _ in range(2 + args.repeat)][2:])
         rows.append({"engine": "tinyvllm", "row": f"pp{length} @ batch {batch}",
                      "tokens/s": batch * length / seconds, "ms": 1e3 * seconds})
+    if args.vs == "transformers":
+        generate = load_transformers(args, directory)
+        for length in lengths:
+            asked = prompts(1, length, engine.cfg.vocab_size)
+            seconds = median_seconds(lambda: generate(asked, 1), args.repeat)
+            rows.append({"engine": "transformers", "row": f"pp{length} @ batch 1",
+                         "tokens/s": length / seconds, "ms": 1e3 * seconds})
     return rows
 
 
-def bench_transformers(args, directory: Path) -> list[dict]:
-    """The same requests through transformers' generate, in the same process: float32 on the CPU,
-    bfloat16 on the GPU."""
+def load_transformers(args, directory: Path):
+    """transformers' generate in the same process, float32 on the CPU, bfloat16 on the GPU: a
+    function of prompts, which are padded on the left, and the number of new tokens for all."""
     import torch
     import transformers
     transformers.utils.logging.disable_progress_bar()
     gpu = tinyvllm.pick_device(args.device) == "cuda"
     model = transformers.AutoModelForCausalLM.from_pretrained(
         directory, dtype=torch.bfloat16 if gpu else torch.float32).to("cuda" if gpu else "cpu")
-    rows = []
-    for batch in args.batch:
-        asked = prompts(batch, args.prompt_len, model.config.vocab_size)
-        ids = torch.tensor([prompt["prompt_token_ids"] for prompt in asked], device=model.device)
 
-        def generate(new_tokens):
-            model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens,
-                           min_new_tokens=new_tokens, do_sample=False, pad_token_id=0)
+    def generate(asked: list[dict], new_tokens: int) -> None:
+        rows = [prompt["prompt_token_ids"] for prompt in asked]
+        longest = max(map(len, rows))
+        ids = torch.tensor([[0] * (longest - len(row)) + row for row in rows], device=model.device)
+        there = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows],
+                             device=model.device)
+        model.generate(ids, attention_mask=there, max_new_tokens=new_tokens,
+                       min_new_tokens=new_tokens, do_sample=False, pad_token_id=0)
+        if gpu:
+            torch.cuda.synchronize()
+    return generate
+
+
+def decode_transformers(args, directory: Path, vocab_size: int) -> list[dict]:
+    generate, rows = load_transformers(args, directory), []
+    for batch in args.batch:
+        asked = prompts(batch, args.prompt_len, vocab_size)
         # a run of one new token is the prefill, the rest of a longer one is decode
-        prefill, total = (median_seconds(lambda: generate(new_tokens), args.repeat)
+        prefill, total = (median_seconds(lambda: generate(asked, new_tokens), args.repeat)
                           for new_tokens in (1, args.output_len))
         step = (total - prefill) / (args.output_len - 1)
         rows += [{"engine": "transformers", "row": f"pp{args.prompt_len} @ batch {batch}",
@@ -181,6 +199,47 @@ def bench_serve(args, directory: Path) -> list[dict]:
                                  args.repeat)
         rows.append({"engine": "tinyvllm", "row": name, "tokens/s": lengths[:, 1].sum() / seconds,
                      "seconds": seconds})
+        vocab_size = engine.cfg.vocab_size
+        del engine
+    if args.vs == "transformers":
+        generate = load_transformers(args, directory)
+
+        def in_batches():
+            """Static batches, each of which generates as many tokens as its longest answer has."""
+            for first in range(0, count, places):
+                batch = slice(first, first + places)
+                generate(asked[batch], int(lengths[batch, 1].max()))
+        seconds = median_seconds(in_batches, args.repeat)
+        rows.append({"engine": "transformers", "row": "static batching",
+                     "tokens/s": lengths[:, 1].sum() / seconds, "seconds": seconds})
+    return rows
+
+
+def bench_ladder(args, directory: Path) -> list[dict]:
+    """The engine on each rung of its kernels: a prompt, decode of one request behind it, and of 16
+    with prompts of 16 tokens; how many of the first request's tokens are the lowest rung's."""
+    rows, expected = [], None
+    for rung in tqdm(kernels.RUNGS, desc="ladder", leave=False):
+        try:
+            engine = Engine(directory, device="cuda", rung=rung, enable_prefix_caching=False,
+                            max_num_seqs=16, max_model_len=args.prompt_len + args.output_len)
+        except tinyvllm.UserError as error:        # this GPU has no such rung
+            print(error, file=sys.stderr)
+            continue
+        row = {"rung": rung}
+        new, (one,) = args.output_len, prompts(1, args.prompt_len, engine.cfg.vocab_size)
+        for asked in ([one], prompts(16, 16, engine.cfg.vocab_size)):
+            runs = [timed_run(engine, asked, new) for _ in range(2 + args.repeat)][2:]
+            prefill, step, _ = (statistics.median(column) for column in zip(*runs))
+            if asked == [one]:
+                row[f"pp{args.prompt_len}"] = args.prompt_len / prefill
+            row[f"tg{new} @ batch {len(asked)}"] = len(asked) / step
+        params = SamplingParams(temperature=0, max_tokens=new, ignore_eos=True)
+        tokens = engine.generate([one], params, use_tqdm=False)[0]["token_ids"]
+        expected = expected or tokens
+        same = next((i for i, pair in enumerate(zip(tokens, expected)) if pair[0] != pair[1]),
+                    len(tokens))
+        rows.append(row | {"same tokens": f"{same} of {len(tokens)}"})
         del engine
     return rows
 
@@ -498,7 +557,8 @@ def pair(text: str) -> tuple[int, int]:
 def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("decode", "prefill", "serve", "start", "kernels"))
+    parser.add_argument("what", choices=("decode", "prefill", "serve", "start", "kernels",
+                                         "ladder"))
     parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto")
     parser.add_argument("--shape", choices=("demo", "1b"), default="demo")
     parser.add_argument("--batch", type=int, nargs="*", help="default 1 4 16; with --shape 1b on a "
@@ -523,10 +583,10 @@ def main():
         parser.error(f"--output-len is {args.output_len}, decode needs 2 or more")
     if not args.batch and not args.deep:
         parser.error("--batch and --deep name nothing to measure")
-    if args.what == "kernels" and tinyvllm.pick_device("auto") != "cuda":
-        parser.error("kernels are timed on a GPU: there is none here")
+    if args.what in ("kernels", "ladder") and tinyvllm.pick_device("auto") != "cuda":
+        parser.error(f"{args.what} is timed on a GPU: there is none here")
     bench = {"decode": bench_decode, "prefill": bench_prefill, "serve": bench_serve,
-             "start": bench_start, "kernels": bench_kernels}[args.what]
+             "start": bench_start, "kernels": bench_kernels, "ladder": bench_ladder}[args.what]
     with tempfile.TemporaryDirectory() as scratch:
         demo = args.shape == "demo" or args.what == "kernels"
         rows = bench(args, tinyvllm.DEMO if demo else random_checkpoint(Path(scratch), LLAMA_1B))

@@ -31,6 +31,7 @@ Dimension key (capitals are extents, lower case indexes them)
 *Block* alone always means a block of the KV cache; a group of CUDA threads is a *thread block*.
 """
 
+import functools
 import inspect
 import itertools
 import math
@@ -912,6 +913,7 @@ def compile_for_driver(kernel, shared, arguments):
     return handle
 
 
+@functools.cache                           # asking Numba takes longer than a launch
 def num_multiprocessors():
     return 1 if SIMULATOR else cuda.get_current_device().MULTIPROCESSOR_COUNT
 
@@ -2602,29 +2604,39 @@ def make_attention_wgmma(D):
     ROWS, ROWS_APART = KEYS * 8 // PRODUCERS, PRODUCERS // 8
 
     @cuda.jit(device=True)
-    def fill_ring(ring, first, barriers, k_cache, v_cache, table, g, S, num_tiles):
+    def fill_ring(ring, first, barriers, k_cache, v_cache, block_tables, row_of_table, g, S,
+                  num_tiles):
         """Copies tiles of keys and values into the ring; beyond the context, zeros. Piece q of
         row r lies at q ^ (r % 8), as the copy engine would leave it."""
-        P, G = k_cache.shape[1], k_cache.shape[2]
+        P, width = uint32(k_cache.shape[1]), uint32(k_cache.shape[2] * D)
+        table = int64(row_of_table) * block_tables.shape[1]
         piece, row = cuda.threadIdx.x % 8, cuda.threadIdx.x % PRODUCERS // 8
         place = first + row * 32 + (piece ^ (row & 7)) * 4
         sources = cuda.local.array(ROWS, int64)
+        # where the next row of this thread lies; without a division for each, as tensor cores wait
+        # for the thread blocks' instructions
+        last, block = divide(uint32(S - 1), P), divide(uint32(row), P)
+        offset, left = uint32(row - block * P), int32(S - row)
         stage, parity = 0, uint32(1)
         for tile in range(num_tiles):
             # all block numbers on their way at once, before there is room
             for i in range(ROWS):
-                s = min(tile * KEYS + row + i * ROWS_APART, S - 1)
-                block = int64(divide(uint32(s), uint32(P)))
-                sources[i] = ((table[block] * P + s - block * P) * G + g) * D + piece * 8
+                number = load_word(block_tables, table + int64(min(block, last)))
+                slot = uint32(number * P + offset)
+                sources[i] = int64(slot * width) + (g * D + piece * 8)
+                offset = uint32(offset + uint32(ROWS_APART))
+                while offset >= P:
+                    offset, block = uint32(offset - P), uint32(block + uint32(1))
             await_barrier(barriers, FLASH_EMPTY + stage, parity)
             for i in range(ROWS):
-                size = uint32(16 if tile * KEYS + row + i * ROWS_APART < S else 0)
+                size = uint32(16 if i * ROWS_APART < left else 0)
                 at = place + stage * STAGE + i * ROWS_APART * 32
                 for panel in range(PANELS):
                     copy_async(ring, at + panel * PANEL, k_cache, sources[i] + panel * 64, size)
                     copy_async(ring, at + (PANELS + panel) * PANEL, v_cache,
                                sources[i] + panel * 64, size)
             copies_commit()
+            left = int32(left - KEYS)
             if tile > 0:
                 copies_wait_but_1()
                 fence_shared()             # tensor cores read what the threads' copies wrote
@@ -2763,7 +2775,7 @@ def make_attention_wgmma(D):
         num_tiles = ceil_div_int(S, KEYS)
         if warp >= WGMMA_WARPS:
             few_registers()
-            fill_ring(ring, first + QUERIES, barriers, k_cache, v_cache, block_tables[rows[b]], g,
+            fill_ring(ring, first + QUERIES, barriers, k_cache, v_cache, block_tables, rows[b], g,
                       S, num_tiles)
             return
         many_registers()

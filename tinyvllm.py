@@ -52,7 +52,8 @@ from tqdm import tqdm
 import kernels_numba as kernels
 from kernels_numba import ceil_div
 
-DEMO = Path(__file__).resolve().parent / "demo"    # the embedded default model
+HOME = Path(__file__).resolve().parent
+DEMO = HOME / "demo"                           # the embedded default model
 
 
 class UserError(ValueError):
@@ -951,6 +952,7 @@ class Batch:
     held: dict[str, list[int]] = field(default_factory=dict)   # block tables, if somebody watches
     kernels: list[tuple[str, float]] = field(default_factory=list)     # names, seconds, if timed
     started: float = 0.0                           # time.perf_counter()
+    ended: float | None = None                     # if the host waited for it
 
     @property
     def num_tokens(self) -> int:
@@ -2196,7 +2198,7 @@ class Engine:
         self.place.run(step.shape, lambda: self.compute(step))
         tokens = self.place.fetch(step.sampled)
         if self.place.timing:
-            batch.kernels = self.place.kernel_times()
+            batch.kernels, batch.ended = self.place.kernel_times(), time.perf_counter()
         wanted = [b for b in batch.ready
                   if self.keep_logits or batch.sequences[b].params.logprobs is not None]
         logits = {b: self.place.download(self.logits[b]).copy() for b in wanted}
@@ -2244,10 +2246,11 @@ class Engine:
         keys = sum(batch.seq_lens)                 # with their values, read once
         pairs = sum(count * end - count * (count - 1) // 2
                     for count, end in zip(batch.counts, batch.seq_lens))      # of query and key
-        # on the GPU it began, at the earliest, when the step before ended
-        started = max(batch.started, self.read_at)
+        started, ended = batch.started, batch.ended
+        if ended is None:              # on the GPU it began, at the earliest, after the step before
+            started, ended = max(started, self.read_at), time.perf_counter()
         return StepReport(
-            self.num_steps, batch.kind, started, time.perf_counter() - started,
+            self.num_steps, batch.kind, started, ended - started,
             [(seq.name, count, end) for seq, count, end in zip(batch.sequences, batch.counts,
                                                                batch.seq_lens)],
             batch.changes, self.allocator.counts["freed"] - self.freed_before, batch.cached,
@@ -2769,7 +2772,7 @@ class Trace:
                             block_size=engine.block_size, steps=self.steps)
                 # subtle: a request may be named "</script>"
                 text = json.dumps(data).replace("<", "\\u003c")
-                page = (Path(__file__).parent / "assets" / "trace.html").read_text("utf-8")
+                page = (HOME / "assets" / "trace.html").read_text("utf-8")
                 file.write(page.replace("/*DATA*/", text))
                 return
             names = [dict(name="thread_name", ph="M", pid=0, tid=row, args=dict(name=name))
@@ -2941,9 +2944,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def find_lesson(number: int) -> str:
     """A lesson of README.md, and the lines where the code begins that it names."""
-    home = Path(__file__).parent
     lessons = {int(found[1]): found[0].rstrip() for found in re.finditer(
-        r"^### Lesson (\d+)\..*?(?=^##)", (home / "README.md").read_text(encoding="utf-8"),
+        r"^### Lesson (\d+)\..*?(?=^##)", (HOME / "README.md").read_text(encoding="utf-8"),
         re.MULTILINE | re.DOTALL)}
     if number not in lessons:
         raise UserError(f"there is no lesson {number}: use --lesson {min(lessons)} to "
@@ -2952,7 +2954,7 @@ def find_lesson(number: int) -> str:
     names = [name.split(".")[-1] for name in re.findall(r"`([\w.]+)`", named[1] if named else "")]
     places = []
     for file in ("kernels_numba.py", "tinyvllm.py"):
-        for n, line in enumerate((home / file).read_text(encoding="utf-8").splitlines(), 1):
+        for n, line in enumerate((HOME / file).read_text(encoding="utf-8").splitlines(), 1):
             found = re.match(r"\s*(?:def|class) (\w+)", line)
             if found and found[1] in names:
                 places.append(f"    {file}:{n}  {found[1]}")
