@@ -512,9 +512,16 @@ def write_into_readme(name: str, text: str) -> None:
     readme.write_text(before + begin + text + "\n" + end + after)
 
 
+# points of the roofline that have their name beside them, and on which side
+LABELLED = {"matmul naive T 256 o": "end", "matmul tiled T 256 o": "end",
+            "matmul tensor 4096^3": "start", "matmul wgmma 4096^3": "start",
+            "attention threepass 1 x 128": "start", "attention online 1 x 2048": "start",
+            "attention tiled 1 x 2048": "start", "matmul naive T 1 gate_up": "end"}
+
+
 def draw_roofline(rows: list[dict], path: Path) -> None:
     """The kernels over the roofline, as SVG: flops for each byte to the right, TFLOP/s upwards,
-    both in powers of ten."""
+    both in powers of ten; those for Hopper alone in another colour."""
     points = [(row["flops/byte"], row["flops/byte"] * row["GB/s"] / 1e3 if "GB/s" in row
                else row["TFLOP/s"], f"{row['row']} {row['shape']}")
               for row in rows if row.get("flops/byte")]
@@ -525,7 +532,8 @@ def draw_roofline(rows: list[dict], path: Path) -> None:
     def at(intensity, tflops):
         return 90 + 130 * (math.log10(intensity) + 1), 430 - 75 * (math.log10(tflops) + 2)
     corner = peak / bandwidth
-    (x0, y0), (x1, y1), (x2, y2) = (at(0.1, 0.1 * bandwidth), at(corner, peak), at(1e4, peak))
+    right = max(intensity for intensity, *_ in points)
+    (x0, y0), (x1, y1), (x2, y2) = (at(0.1, 0.1 * bandwidth), at(corner, peak), at(right, peak))
     parts = ['<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 860 480" fill="#777" '
              'font-family="sans-serif" font-size="12">',
              f'<path d="M{x0:.0f} {y0:.0f}L{x1:.0f} {y1:.0f}L{x2:.0f} {y2:.0f}" fill="none" '
@@ -542,8 +550,13 @@ def draw_roofline(rows: list[dict], path: Path) -> None:
         parts.append(f'<text x="80" y="{y:.0f}" text-anchor="end">{10.0 ** power:g}</text>')
     for intensity, tflops, name in points:
         x, y = at(max(0.1, intensity), max(0.01, tflops))
-        parts.append(f'<circle cx="{x:.0f}" cy="{y:.0f}" r="5" fill="#2a7fd4"><title>{name}: '
+        colour = "#d2691e" if "wgmma" in name or name.startswith("forward_decode") else "#2a7fd4"
+        parts.append(f'<circle cx="{x:.0f}" cy="{y:.0f}" r="5" fill="{colour}"><title>{name}: '
                      f'{tflops:.3g} TFLOP/s</title></circle>')
+        if name in LABELLED:
+            side = LABELLED[name]
+            parts.append(f'<text x="{x + (9 if side == "start" else -9):.0f}" y="{y + 4:.0f}" '
+                         f'text-anchor="{side}">{name}</text>')
     path.parent.mkdir(exist_ok=True)
     path.write_text("\n".join(parts) + "\n</svg>\n")
 

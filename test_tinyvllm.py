@@ -1136,6 +1136,31 @@ def test_logit_bias_forces_and_bans_tokens(checkpoints):
                                                    logit_bias={plain: -100}))[0] != [plain]
 
 
+def test_edited_logits_are_what_the_sampler_saw(checkpoints):
+    engine = Engine(checkpoints("gqa"), block_size=4, num_gpu_blocks_override=24, max_model_len=60)
+    engine.keep_logits, edits = True, Counter()
+
+    def look(report):
+        for choice in report.choices:
+            edited = tinyvllm.edited_logits(choice, engine)
+            scores = engine.scores[engine.batch.sequences.index(choice.sequence)]
+            assert np.array_equal(edited, scores) and edited.argmax() == choice.token
+            edits[choice.sequence.name] += bool(choice.logits.argmax() != choice.token)
+    engine.on_step = look
+    for name, settings in {"bias": dict(logit_bias={7: 5, 9: -3}),
+                           "repetition": dict(repetition_penalty=2),
+                           "presence": dict(presence_penalty=2),
+                           "frequency": dict(frequency_penalty=2),
+                           "all": dict(logit_bias={7: 100}, repetition_penalty=1.3,
+                                       presence_penalty=1.5, frequency_penalty=-0.5)}.items():
+        engine.add_request(name, {"prompt_token_ids": prompt_ids(6)}, SamplingParams(
+            temperature=0, max_tokens=40, ignore_eos=True, **settings))
+    while engine.has_unfinished_requests():
+        engine.step()
+    assert len(edits) == 5 and all(edits.values()), "an edit that changes no token tests nothing"
+    assert engine.num_preemptions > 0
+
+
 def test_logprobs_are_those_of_the_raw_logits(checkpoints):
     engine, ids = Engine(checkpoints("gqa")), prompt_ids(20)
     reference = kernels.log_softmax_ref(all_logits(engine, ids).astype(np.float64))
@@ -1426,6 +1451,187 @@ def test_reports_account_for_every_block_and_token(tiny):
     assert sum(computed.values()) == sum(engine.num_tokens.values())
 
 
+def pictures_of(engine, width):
+    """A list that fills with what a terminal shows after each step, below the two lines on the step
+    itself, and without colours."""
+    view, pictures = tinyvllm.LiveView(engine, (1e9, 1e9), width), []
+
+    def draw(report):
+        lines = [re.sub(r"\x1b\[[\d;]*m", "", line).rstrip() for line in view.draw(report)]
+        assert lines[0] == tinyvllm.summarize(report)[:width].rstrip()
+        assert re.match(r"[\d,]+ us, ", lines[1]) and len(lines[1]) <= width
+        pictures.append(lines[2:])
+    engine.on_step = draw
+    return pictures
+
+
+def test_the_picture_has_a_line_for_each_request_and_a_letter_for_each_block(tiny):
+    engine = Engine(tiny, block_size=4, num_gpu_blocks_override=10, max_model_len=24,
+                    max_num_seqs=2, max_num_batched_tokens=12)
+    pictures, shared = pictures_of(engine, 60), prompt_ids(9, 97)
+    for request_id, tail, new in (("1", [5], 2), ("2", [6, 7, 8], 3), ("3", [], 1)):
+        engine.add_request(request_id, {"prompt_token_ids": shared + tail},
+                           SamplingParams(temperature=0, max_tokens=new, ignore_eos=True))
+    while engine.has_unfinished_requests():
+        engine.step()
+    assert pictures == [
+        ["a 1    10 tokens",
+         "b 2    10 of 12 prefilled",              # capitals: the blocks of both
+         "0 more running, 1 waiting",
+         "KV blocks 0 to 9 of 10: 4 in use, - cached, . free",
+         "BBab......"],
+        ["b 2    10 of 12 prefilled",              # 1 has ended, its third block was never full
+         "0 more running, 1 waiting",
+         "KV blocks 0 to 9 of 10: 3 in use, - cached, . free",
+         "bb.b......"],
+        ["b 2    12 tokens",                       # 3 came and went
+         "KV blocks 0 to 9 of 10: 3 in use, - cached, . free",
+         "bb.b......"],
+        ["b 2    13 tokens",
+         "KV blocks 0 to 9 of 10: 4 in use, - cached, . free",
+         "bbbb......"],
+        ["KV blocks 0 to 9 of 10: 0 in use, - cached, . free",
+         "--.-......"],                            # prefill has filled and named them
+    ]
+
+
+def test_a_map_of_many_blocks_puts_several_in_a_cell(tiny, monkeypatch):
+    def pictures(width, arrivals):
+        engine = Engine(tiny, block_size=1, num_gpu_blocks_override=100, max_model_len=90)
+        drawn = pictures_of(engine, width)
+        timeline(engine, arrivals)
+        return drawn
+    assert pictures(9, {0: [("1", 85, 2)]})[0][1:] == ["KV blocks", *["aaaaaaaaa"] * 4, "aaaaaaa"]
+    monkeypatch.setattr(tinyvllm.LiveView, "MAP_LINES", 1)
+    drawn = pictures(70, {0: [("1", 75, 2), ("2", 4, 3)]})
+    assert [picture[-2:] for picture in drawn] == [
+        ["KV blocks 0 to 78 of 100, 2 in a cell: 79 in use, - cached, . free",
+         "a" * 38 + "bb"],                         # the last of 1 and the first of 2 have one cell
+        ["KV blocks 0 to 80 of 100, 2 in a cell: 5 in use, - cached, . free",
+         "-" * 37 + "bbbb"],                       # which is the owner's who is left
+        ["KV blocks 0 to 78 of 100, 2 in a cell: 0 in use, - cached, . free",
+         "-" * 40],
+    ]
+
+
+def test_more_requests_than_the_picture_has_slots_are_counted(tiny):
+    engine = Engine(tiny, max_num_seqs=18)
+    pictures = pictures_of(engine, 79)
+    timeline(engine, {0: [(request_id, 3, 2) for request_id in "abcdefghijklmnopqrst"]})
+    assert pictures[0][15:17] == ["i p     3 tokens", "2 more running, 2 waiting"]
+
+
+def page_data(path):
+    """The text of a trace page, and the data in it."""
+    page = path.read_text(encoding="utf-8")
+    return page, json.loads(re.search(r"^const data = (.*), steps = data\.steps;$", page, re.M)[1])
+
+
+def test_a_trace_page_replays_the_block_tables_that_the_engine_held(tiny, tmp_path, monkeypatch):
+    engine = Engine(tiny, block_size=4, num_gpu_blocks_override=9, max_model_len=32,
+                    max_num_batched_tokens=16)
+    trace, reports, tables = tinyvllm.Trace(str(tmp_path / "steps.html")), [], []
+    engine.on_step = lambda report: (trace.add(report), reports.append(report))
+    start, shared = engine.start, prompt_ids(9, 97)
+    monkeypatch.setattr(engine, "start", lambda batch: (tables.append(
+        {seq.name: list(seq.block_table) for seq in engine.running}), start(batch))[1])
+    together = {str(i): (shared + [5 + i] * i, 4 + 3 * i) for i in range(6)}
+    for requests in (together, {"0": (prompt_ids(9, 97, 1), 2)}, {"0": (prompt_ids(20, 97), 2)}):
+        for name, (ids, new) in requests.items():
+            engine.add_request(name, {"prompt_token_ids": ids}, SamplingParams(
+                temperature=0, max_tokens=new, ignore_eos=True))
+        while engine.has_unfinished_requests():
+            engine.step()
+    trace.write(engine)
+    held, several, used_again = {}, 0, 0
+    _, data = page_data(tmp_path / "steps.html")
+    for step, report, table in zip(data["steps"], reports, tables, strict=True):
+        used_again += not step["took"].keys().isdisjoint(step["gone"])
+        for name in step["gone"]:
+            del held[name]
+        for name, blocks in step["took"].items():
+            held[name] = held.get(name, []) + blocks
+        assert held == report.held == table
+        several += max(Counter(sum(held.values(), [])).values()) > 1
+    assert engine.num_preemptions > 1 and several > 1 and used_again
+    assert data["blocks"] == 9 and data["block_size"] == 4
+
+
+def test_a_request_id_cannot_end_the_script_of_a_trace_page(tiny, tmp_path):
+    engine, name = Engine(tiny), "</script><b>"
+    trace = tinyvllm.Trace(str(tmp_path / "steps.html"))
+    engine.on_step = trace.add
+    engine.add_request(name, {"prompt_token_ids": [5, 6]}, GREEDY)
+    while engine.has_unfinished_requests():
+        engine.step()
+    trace.write(engine)
+    page, data = page_data(tmp_path / "steps.html")
+    assert data["steps"][0]["members"] == [[name, 2, 2]] and name in data["steps"][0]["took"]
+    assert page.count("<") == (ROOT / "assets" / "trace.html").read_text().count("<")
+
+
+def test_a_trace_of_events_survives_a_preemption(tiny, tmp_path):
+    engine = Engine(tiny, block_size=4, num_gpu_blocks_override=4, max_model_len=16,
+                    enable_prefix_caching=False)
+    trace = tinyvllm.Trace(str(tmp_path / "steps.json"))
+    engine.on_step = trace.add
+    timeline(engine, {0: [("a", 7, 6)], 1: [("b", 3, 6)]})
+    trace.write(engine)
+    events = json.loads((tmp_path / "steps.json").read_text())["traceEvents"]
+    assert engine.num_preemptions == 1
+    assert ["b"] in [event["args"].get("preempted") for event in events]
+
+
+def test_edited_logits_hold_back_the_end_as_min_tokens_does(demo):
+    prompt = demo.chat_prompt([{"role": "user", "content": "What is a token?"}])
+    free, = demo.generate(prompt, SamplingParams(temperature=0, max_tokens=100))
+    longer, missed = len(free["token_ids"]) + 1, []
+    demo.keep_logits, demo.on_step = True, lambda report: missed.extend(
+        choice for choice in report.choices
+        if tinyvllm.edited_logits(choice, demo).argmax() != choice.token)
+    try:
+        demo.generate(prompt, SamplingParams(temperature=0, max_tokens=longer, min_tokens=longer))
+    finally:
+        demo.keep_logits, demo.on_step = False, None
+    assert not missed
+
+
+def test_a_choice_of_nothing_is_explained_too(checkpoints):
+    engine, shown = Engine(checkpoints("gqa"), tokenizer=tinyvllm.DEMO), []
+    engine.weights.embed[7] = np.nan
+    engine.keep_logits, engine.on_step = True, lambda report: shown.extend(
+        tinyvllm.explain_choice(choice, engine) for choice in report.choices)
+    bad, = engine.generate([[7]], GREEDY)
+    assert bad["finish_reason"] == "error"
+    assert shown == ["request 1: no finite logit is left to choose from"]
+
+
+@pytest.mark.parametrize("width", [1, 10, 18, 40])
+def test_no_line_of_the_picture_is_wider_than_the_terminal(demo, width):
+    view, widest = tinyvllm.LiveView(demo, (1e9, 1e9), width), []
+    demo.on_step = lambda report: widest.append(max(
+        len(re.sub(r"\x1b\[[\d;]*m", "", line)) for line in view.draw(report)))
+    try:
+        demo.generate("What is", GREEDY)
+    finally:
+        demo.on_step = None
+    assert max(widest) <= width
+
+
+def test_a_picture_below_an_interrupted_answer_leaves_its_text(demo, monkeypatch):
+    notes = []
+    monkeypatch.setattr(tinyvllm, "note", notes.append)
+    monkeypatch.setattr(tinyvllm.LiveView, "SECONDS_APART", 0)
+    demo.on_step = tinyvllm.LiveView(demo, (1e9, 1e9), 79).show
+    try:
+        for _ in range(2):
+            for _ in demo.stream("What is", GREEDY):
+                break
+    finally:
+        demo.on_step = None
+    assert len(notes) == 2 and not any("\x1b[J" in picture for picture in notes)
+
+
 def test_static_batching_lets_nobody_in_until_all_have_left(tiny):
     engine = Engine(tiny, block_size=4, max_num_batched_tokens=16, static_batching=True)
     assert timeline(engine, {0: [("a", 5, 4), ("b", 3, 2)], 2: [("c", 4, 2)]}) == [
@@ -1459,6 +1665,35 @@ def test_a_long_prompt_delays_the_others_by_one_chunk_at_most(tiny):
         ("decode", {"a": 1}),
         ("prefill", {"b": 4}),
         ("decode", {"a": 1, "b": 1}),
+    ]
+
+
+def test_a_chunk_shrinks_with_its_context_while_others_decode(tiny, monkeypatch):
+    monkeypatch.setattr(tinyvllm, "CHUNK_CONTEXT", 8)
+    engine = Engine(tiny, block_size=4, max_num_batched_tokens=8)
+    assert timeline(engine, {0: [("a", 4, 7)], 1: [("b", 45, 2)], 5: [("c", 5, 2)]}) == [
+        ("prefill", {"a": 4}),
+        ("decode", {"a": 1}),
+        ("prefill", {"b": 8}),
+        ("decode", {"a": 1}),
+        ("prefill", {"b": 4}),                     # behind 8 tokens: a half
+        ("decode", {"a": 1}),
+        ("prefill", {"b": 4, "c": 4}),             # behind 12, and c takes what b leaves
+        ("decode", {"a": 1}),
+        ("prefill", {"b": 3, "c": 1}),             # behind 16: a third
+        ("decode", {"a": 1, "c": 1}),
+        ("prefill", {"b": 3}),
+        ("decode", {"a": 1}),                      # a ends, and nobody waits for b
+        ("prefill", {"b": 8}),
+        ("prefill", {"b": 8}),
+        ("prefill", {"b": 7}),
+        ("decode", {"b": 1}),
+    ]
+    assert timeline(engine, {0: [("d", 20, 1), ("e", 5, 1)]}) == [
+        ("prefill", {"d": 8}),
+        ("prefill", {"d": 8}),
+        ("prefill", {"d": 4, "e": 4}),
+        ("prefill", {"e": 1}),
     ]
 
 
@@ -1761,6 +1996,11 @@ def test_models_are_found_as_the_hub_finds_them(checkpoints, tmp_path, monkeypat
     ({"prompt_token_ids": [-1]}, "token id -1"),
     ({"prompt_token_ids": [1.5]}, "token id 1.5"),
     ({"prompt_token_ids": ["a"]}, "token id 'a'"),
+    *(({"prompt_token_ids": [5, *good, token, 6]}, re.escape(
+        f"the prompt holds token id {token!r}, expected integers from 0 to 3071") + "$")
+      for good in ([], [np.int64(7)])
+      for token in (True, False, np.True_, 5.0, np.float32(5), None, -1, np.int64(-1), 3072,
+                    np.int32(3072), 2**70)),
     ({"prompt_token_ids": [5] * 2048}, "the prompt has 2048 tokens, the context holds 2048"),
     ({"promt": "x"}, r"keys \['promt'\], expected 'prompt' or 'prompt_token_ids'"),
     (17, "the prompt is a int"),
@@ -1776,6 +2016,16 @@ def test_bad_prompts_are_refused_and_nothing_else_is_lost(demo, prompt, message)
     while demo.has_unfinished_requests():
         output, = demo.step()
     assert output.request_id == "good" and output.finished and not any(demo.allocator.ref_counts)
+
+
+def test_token_ids_of_numpy_are_as_good_as_pythons(demo):
+    plain = [0, 5, 3071]
+    expected = tokens_of(demo, [plain])
+    for ids in (np.array(plain), np.array(plain, np.uint16), tuple(plain),
+                [np.int64(id) for id in plain], [0, np.uint8(5), 3071]):
+        output, = demo.generate({"prompt_token_ids": ids}, GREEDY)
+        assert [output["token_ids"]] == expected and output.prompt_token_ids == plain
+        assert {type(token) for token in output.prompt_token_ids} == {int}
 
 
 @pytest.mark.parametrize("params, message", [
@@ -2134,6 +2384,42 @@ def test_every_test_run_of_the_readme_selects_tests():
         assert any(eval(words, {"name": name}) for name in names + rows), expression
 
 
+def test_every_lesson_has_its_five_parts():
+    for number in range(17):
+        lesson = tinyvllm.find_lesson(number)
+        for part in ("Idea", "Code", "Experiment", "Number"):
+            assert f"**{part}.**" in lesson, (number, part)
+        assert re.search(r"^    \S|^!\[", lesson, re.MULTILINE), f"lesson {number} has no picture"
+    readme = (ROOT / "README.md").read_text()
+    for picture in re.findall(r"!\[[^\]]+\]\(([^)]+)\)", readme):
+        assert (ROOT / picture).exists(), picture
+
+
+@needs_gpu
+@pytest.mark.parametrize("library", ["cupy", "torch"])
+def test_kernels_copied_as_the_readme_shows_equal_their_twins(library):
+    pytest.importorskip(library)
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    code, = (block for block in blocks if block.startswith(f"import {library}"))
+    names = {}
+    exec(code, names)
+
+    def host(name):
+        array = names[name]
+        if library == "cupy":
+            values = array.get()
+        else:
+            values = (array.float() if array.is_floating_point() else array).cpu().numpy()
+        return values.astype(np.float32) if values.dtype.kind == "f" else values
+    out = {name: np.full_like(host(name), np.nan) for name in ("h", "y", "o")}
+    kernels.rmsnorm_ref(out["h"], host("x"), host("gain"), 1e-5)
+    kernels.matmul_ref(out["y"], host("h"), host("weight"))
+    kernels.paged_attention_ref(out["o"], *(host(name) for name in (
+        "qkv", "k_cache", "v_cache", "tables", "rows", "starts", "seq_lens", "splits", "partial")))
+    for name, expected in out.items():             # rounded once or twice to 8 or 11 bits
+        np.testing.assert_allclose(host(name), expected, rtol=2**-6, atol=2**-6 * expected.std())
+
+
 def test_every_name_that_the_readme_cites_exists():
     sources = "".join((ROOT / name).read_text() for name in (
         "tinyvllm.py", "kernels_numba.py", "bench.py", "test_tinyvllm.py"))
@@ -2184,6 +2470,7 @@ def test_steps_are_explained_and_traced(tmp_path):
     assert result.returncode == 0 and result.stdout == plain.stdout
     lines = [line for line in result.stderr.splitlines() if line.startswith("step ")]
     assert len(lines) == 5 and "prefill: tokens of 1 0..16" in lines[0]
+    assert "\x1b" not in result.stderr
     assert all(re.search(r"us, \d+ % of what (memory|arithmetic) allows$", line) for line in lines)
     events = json.loads(path.read_text())["traceEvents"]
     steps = [event for event in events if event["ph"] == "X" and event["tid"] == 0]
@@ -2191,19 +2478,130 @@ def test_steps_are_explained_and_traced(tmp_path):
     for first, second in zip(steps, steps[1:]):
         assert first["ts"] + first["dur"] <= second["ts"]
     rows = {event["args"]["name"]: event["tid"] for event in events if event["ph"] == "M"}
-    assert rows == {"steps": 0, "request 1": 1}
-    assert sum(event["args"]["tokens"] for event in events if event.get("tid") == 1
+    assert rows == {"steps": 0, "kernels": 1, "request 1": 2}
+    assert sum(event["args"]["tokens"] for event in events if event.get("tid") == 2
                and event["ph"] == "X") == 17 + 4
     assert [event["args"]["in use"] for event in events if event["ph"] == "C"][-1] == 0
+    for step in steps:
+        end = step["ts"] + step["dur"] + 1         # of a microsecond: rounding
+        inside = [event for event in events if event.get("tid") == 1 and event["ph"] == "X"
+                  and step["ts"] <= event["ts"] < end]
+        assert all(event["dur"] > 0 and event["ts"] + event["dur"] <= end for event in inside)
+        kind = "" if step["name"] == "prefill" else "_decode"
+        assert {"matmul" + kind, "attention" + kind} <= {event["name"] for event in inside}
+
+
+def test_a_trace_is_a_page_too_that_needs_nothing_else(tmp_path):
+    path = tmp_path / "steps.html"
+    result = run_cli("-p", "What is a warp?", "-n", "3", "--device", "cpu", "--trace", str(path))
+    assert result.returncode == 0 and result.stdout and list(tmp_path.iterdir()) == [path]
+    page, data = page_data(path)
+    assert not re.search(r"http|//\w|src=|<link|@import|url\(", page)
+    assert data["title"] == result.stderr.splitlines()[0]
+    assert [step["kind"] for step in data["steps"]] == ["prefill", "decode", "decode"]
+    for step in data["steps"]:
+        names, times = step["kernels"].keys(), step["kernels"].values()
+        assert any("matmul" in name for name in names) and any("attention" in n for n in names)
+        assert min(times) > 0 and sum(times) <= step["us"] + len(times)        # of rounding
+    assert data["steps"][0]["took"] == {"1": [0, 1]}
 
 
 @pytest.mark.parametrize("name, complaint", [
-    ("steps.txt", "expected a file name that ends in .json"),
+    ("steps.txt", "expected a file name that ends in .json or .html"),
     ("nowhere/steps.json", "No such file or directory")])
 def test_a_trace_that_cannot_be_written_is_refused_at_once(tmp_path, name, complaint):
     result = run_cli("-p", "x", "--trace", str(tmp_path / name))
     assert result.returncode == 1 and result.stdout == ""
     assert complaint in result.stderr and len(result.stderr.splitlines()) == 1
+
+
+def terminal_of(*arguments):
+    """The lines that a terminal of 80 columns shows in the end, and all that it was sent."""
+    import pty
+    import select
+    terminal, end = pty.openpty()                  # of a size that nobody has set
+    process = subprocess.Popen([sys.executable, str(ROOT / "tinyvllm.py"), *arguments],
+                               stdin=subprocess.DEVNULL, stdout=end, stderr=end)
+    os.close(end)
+    sent = b""
+    try:
+        while select.select([terminal], [], [], 120)[0]:
+            try:
+                piece = os.read(terminal, 1 << 16)
+            except OSError:                        # so Linux says that the other end is closed
+                piece = b""
+            if not piece:
+                break
+            sent += piece
+        assert process.wait(timeout=60) == 0, sent
+    finally:
+        process.kill()
+        os.close(terminal)
+    text = re.sub(r"\x1b\[([\d;]*m|\?7[lh])", "", sent.decode()).replace("\r\n", "\n")
+    first, *redrawn = re.split(r"\x1b\[(\d+)F\x1b\[J", text)
+    lines = first.splitlines()
+    for height, piece in zip(redrawn[::2], redrawn[1::2]):
+        lines[len(lines) - int(height):] = piece.splitlines()
+    return lines, text
+
+
+@pytest.mark.skipif(os.name == "nt", reason="has no pseudo-terminals")
+def test_explain_draws_at_a_terminal_and_the_answers_come_whole_below():
+    arguments = ["-p", "What is a warp?", "-p", "What is a token?", "--device", "cpu", "--no-stats"]
+    lines, sent = terminal_of(*arguments, "--explain")
+    answers = run_cli(*arguments).stdout
+    picture = lines[:-len(answers.splitlines())]
+    assert lines[len(picture):] == answers.splitlines() and sent.endswith(answers)
+    assert [line.split()[0] for line in picture[::2]] == ["step", "KV"] and len(picture) == 4
+    for line in ("a 1    17 tokens  A", "b 2    17 tokens  A"):
+        assert line in sent.splitlines()
+    assert "\x1b[6F\x1b[J" in sent                # the first picture has six lines
+    pictures = re.sub(r"\x1b\[\d*[FJ]", "", sent.removesuffix(answers))
+    assert all(len(line) < 80 for line in pictures.splitlines())
+
+
+STEPPED = "-p", "What is a warp?", "-n", "4", "--device", "cpu", "--no-stats", "--step"
+CANDIDATE = re.compile(r"^  ([> ]) ('.*'|\".*\") +[\d.]+ %  logit +(-?[\d.]+)"
+                       r"(?:  noise +([+-][\d.]+)  score +(-?[\d.]+)|  filtered out)?$", re.M)
+
+
+@pytest.mark.parametrize("options, temperature, kept", [
+    ([], None, 0),
+    (["--temp", "2.5", "--seed", "2"], 2.5, 5),
+    (["--temp", "3", "--seed", "5", "--top-k", "3"], 3, 3)], ids=str)
+def test_steps_show_the_candidates_and_mark_the_token_that_comes_out(options, temperature, kept):
+    result = run_cli(*STEPPED, *options, stdin="")
+    blocks = [CANDIDATE.findall(block) for block in result.stderr.split("request 1, after ")[1:]]
+    marked = [[row for row in rows if row[0] == ">"] for rows in blocks]
+    assert [len(rows) for rows in marked] == [1] * 4 and all(len(rows) >= 5 for rows in blocks)
+    spelled = [ast.literal_eval(row[1]) for row, in marked]
+    assert "".join(spelled) + "\n" == result.stdout
+    if temperature is None:
+        assert all(rows[0] == row for rows, (row,) in zip(blocks, marked))
+        return
+    assert any(rows[0] != row for rows, (row,) in zip(blocks, marked)), "chance chose nothing"
+    for rows, (row,) in zip(blocks, marked):
+        scores = [float(score) for *_, score in rows if score]
+        assert float(row[4]) == max(scores) and len(scores) - (len(rows) > 5) == kept
+        for _, _, logit, noise, score in rows:
+            assert not score or abs(float(logit) / temperature + float(noise)
+                                    - float(score)) < 0.002
+
+
+@pytest.mark.parametrize("keys, asked, shown, tokens, status", [
+    ("\n\n\n\n", 4, 4, 4, 0),
+    ("\n\n", 3, 4, 4, 0),                          # the input ends: nobody is asked again
+    ("", 1, 4, 4, 0),
+    ("\nc\n", 2, 2, 4, 0),
+    ("\nq\n\n\n", 2, 2, 2, 130)], ids=repr)
+def test_steps_wait_for_the_keys_of_who_reads_them(demo, keys, asked, shown, tokens, status):
+    result = run_cli(*STEPPED, stdin=keys)
+    assert result.returncode == status and "Traceback" not in result.stderr
+    assert result.stderr.count("Enter: the next step") == asked
+    assert result.stderr.count("request 1, after ") == shown
+    prompt = demo.chat_prompt([{"role": "user", "content": "What is a warp?"}])
+    answer, = demo.generate(prompt, SamplingParams(temperature=0, max_tokens=tokens))
+    assert result.stdout == answer["text"] + "\n"
 
 
 def test_statistics_can_be_silenced():

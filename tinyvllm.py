@@ -1839,7 +1839,8 @@ class Engine:
             prefill_turn = not started
         else:
             prefill_turn = not (decoding and self.prefilled_last)
-        chunks = self.schedule_prefill() if prefill_turn else []
+        others_wait = bool(decoding) and not self.static_batching
+        chunks = self.schedule_prefill(others_wait) if prefill_turn else []
         self.prefilled_last = bool(chunks)
         if chunks:
             return self.make_batch("prefill", chunks, [])
@@ -1860,11 +1861,10 @@ class Engine:
         ready = [b for b, seq in enumerate(sequences) if seq_lens[b] == seq.num_tokens]
         return Batch(kind, sequences, counts, seq_lens, ready, new_blocks)
 
-    def schedule_prefill(self) -> list[tuple[Sequence, int]]:
+    def schedule_prefill(self, others_wait: bool) -> list[tuple[Sequence, int]]:
         """Chunks for this step: whoever has begun goes on, then the queue in its order."""
         budget, chunks = self.max_num_batched_tokens, []
         candidates = deque(seq for seq in self.running if not seq.is_decoding)
-        others_wait = len(candidates) < len(self.running)
         while budget and (candidates or self.admit(candidates)):
             seq = candidates.popleft()
             count = min(budget, seq.prefill_end - seq.num_computed)
@@ -2587,31 +2587,40 @@ class LiveView:
     KV blocks with a letter for each owner, a capital where several share a block."""
     SLOTS, MAP_LINES, SECONDS_APART = 16, 8, 0.05
 
-    def __init__(self, engine: Engine, ceilings: tuple[float, float], width: int):
-        self.engine, self.ceilings, self.width = engine, ceilings, width
-        self.height, self.drawn_at = 0, 0.0
+    def __init__(self, engine: Engine, ceilings: tuple[float, float], width: int, rows: int = 40):
+        self.engine, self.ceilings, self.width = engine, ceilings, max(1, width)
+        self.slots = max(1, min(self.SLOTS, rows - self.MAP_LINES - 6))
+        self.height, self.drawn_at, self.drawn = 0, 0.0, set()
 
     def show(self, report: StepReport) -> None:
-        """Draws over what was drawn before. The last step stays: what follows stands below it."""
-        last = not self.engine.requests
-        if last or time.perf_counter() - self.drawn_at >= self.SECONDS_APART:
-            lines = self.draw(report)
-            note(f"\x1b[{self.height}F\x1b[J" * (self.height > 0) + "\n".join(lines))
-            self.height, self.drawn_at = 0 if last else len(lines), time.perf_counter()
+        """Draws over what was drawn before. The last step of a batch stays, and so does what stands
+        there when other requests come: their picture begins below."""
+        last, names = not self.engine.requests, {name for name, *_ in report.members}
+        if not last and time.perf_counter() - self.drawn_at < self.SECONDS_APART:
+            return
+        lines = self.draw(report)
+        up = f"\x1b[{self.height}F\x1b[J" if self.height and names & self.drawn else ""
+        # without wrapping: a character may be two columns wide
+        note(f"{up}\x1b[?7l" + "\n".join(lines) + "\x1b[?7h")
+        self.height, self.drawn_at = 0 if last else len(lines), time.perf_counter()
+        self.drawn = names | {seq.name for seq in self.engine.running}
 
     def draw(self, report: StepReport) -> list[str]:
         running, width = self.engine.running, self.width
-        lines = [summarize(report)[:width], share_of_bound(report, self.ceilings)]
-        for seq in running[:self.SLOTS]:
+        lines = [summarize(report), share_of_bound(report, self.ceilings)]
+        slots = []
+        for seq in running[:self.slots]:
             letter, colour = letter_of(seq.name)
             computed = f"{seq.num_computed:5d}" + (
                 f" of {seq.prefill_end} prefilled" if not seq.is_decoding else " tokens")
-            text = seq.text.replace("\n", " ")[-max(0, width - len(computed) - len(seq.name) - 6):]
-            lines.append(f"{painted(letter, colour)} {seq.name} {computed}  {text}")
-        left_out = len(running) - self.SLOTS
-        if left_out > 0 or self.engine.waiting:
-            lines.append(f"{max(0, left_out)} more running, {len(self.engine.waiting)} waiting")
-        return lines + self.map_of_blocks(report)
+            line = f" {seq.name} {computed}  "
+            text = "".join(c if c.isprintable() else " " for c in seq.text)
+            line += text[max(0, len(text) - max(0, width - 1 - len(line))):]
+            slots.append(painted(letter, colour) + line[:width - 1])
+        left_out, waiting = len(running) - len(slots), len(self.engine.waiting)
+        ends = [f"{left_out} more running, {waiting} waiting"] * (left_out > 0 or waiting > 0)
+        return [line[:width] for line in lines] + slots + [line[:width] for line in ends] + (
+            self.map_of_blocks(report))
 
     def map_of_blocks(self, report: StepReport) -> list[str]:
         """A cell for one block, or for several of which the first with an owner counts."""
@@ -2629,28 +2638,28 @@ class LiveView:
             else:
                 cells.append("-" if any(block in named for block in blocks) else ".")
         several = f", {size} in a cell" if size > 1 else ""
-        lines = [f"KV blocks 0 to {shown - 1} of {len(counts)}{several}: {report.blocks_in_use} in "
-                 "use, - cached, . free"[:self.width]]
-        return lines + ["".join(cells[i:i + self.width])
+        title = (f"KV blocks 0 to {shown - 1} of {len(counts)}{several}: {report.blocks_in_use} in "
+                 "use, - cached, . free")
+        return [title[:self.width]] + ["".join(cells[i:i + self.width])
                         for i in range(0, len(cells), self.width)]
 
 
-def explain_choice(choice: Choice, tokenizer: Tokenizer | None, count: int = 5) -> str:
+def explain_choice(choice: Choice, engine: Engine, count: int = 5) -> str:
     """The likeliest candidates for a token, and why the sampler took this one."""
     seq, params, V = choice.sequence, choice.sequence.params, len(choice.logits)
+    if choice.token < 0:
+        return f"request {seq.name}: no finite logit is left to choose from"
 
     def spelled(ids):
-        return repr(tokenizer.decode(ids, skip_special_tokens=False)) if tokenizer else str(ids)
-    probabilities = kernels.softmax_ref(choice.logits)
-    scores = edited_logits(choice)
-    kept = np.full(V, True)
-    if params.greedy:
-        noise, why = np.zeros(V, np.float32), "greedy: the largest logit"
-    else:
+        return repr(engine.tokenizer.decode(ids, skip_special_tokens=False)) if engine.tokenizer \
+            else str(ids)
+    probabilities, scores = kernels.softmax_ref(choice.logits), edited_logits(choice, engine)
+    kept, noise, why = np.full(V, True), np.zeros(V, np.float32), "greedy: the largest logit"
+    if not params.greedy:
         scores /= np.float32(params.temperature)
         kernels.top_k_ref(scores, params.top_k)
         if params.top_p < 1:
-            kernels.top_p_ref(scores, params.top_p)
+            kernels.top_p_ref(scores, np.float32(params.top_p))
         if params.min_p > 0:
             kernels.min_p_ref(scores, params.min_p)
         kept = scores > -np.inf
@@ -2671,13 +2680,15 @@ def explain_choice(choice: Choice, tokenizer: Tokenizer | None, count: int = 5) 
     return "\n".join(lines)
 
 
-def edited_logits(choice: Choice) -> np.ndarray:
+def edited_logits(choice: Choice, engine: Engine) -> np.ndarray:
     """(V,) float32 logits of a choice after bias and penalties, as its sampler saw them."""
     seq, params, logits = choice.sequence, choice.sequence.params, choice.logits.copy()
+    prompt, V = seq.request.prompt_token_ids, len(logits)
     for token, value in params.logit_bias.items():
         logits[token] += np.float32(value)
+    if choice.position - len(prompt) < params.min_tokens:
+        logits[list(engine.eos_token_ids | set(params.stop_token_ids))] = -np.inf
     if params.penalizes:
-        prompt, V = seq.request.prompt_token_ids, len(logits)
         counts = np.bincount(seq.token_ids[len(prompt):choice.position], minlength=V)
         kernels.penalize_ref(logits, counts, np.bincount(prompt, minlength=V) > 0,
                              params.repetition_penalty, params.presence_penalty,
@@ -2697,13 +2708,14 @@ class Stepper:
         if sys.stdout.isatty():                    # below the text that has come so far
             note("")
         for choice in report.choices:
-            note(explain_choice(choice, self.engine.tokenizer))
+            note(explain_choice(choice, self.engine))
         if self.waits:
             note("Enter: the next step; c: go on without stopping; q: end here")
             line = sys.stdin.readline()
             self.waits = line != ""                # or the input has ended: nobody is there
             self.shows = line.strip() != "c"
-            self.engine.interrupted = line.strip() == "q"
+            if line.strip() == "q":
+                self.engine.interrupted = True
 
 
 class Trace:
@@ -2735,7 +2747,7 @@ class Trace:
             self.events.append(dict(name=name, ph="X", ts=started * 1e6, dur=seconds * 1e6, pid=0,
                                     tid=row, args=args))
         event(report.kind, 0, report.started, report.seconds, step=report.number,
-              requests=len(report.members), **report.changes, freed=report.freed,
+              requests=len(report.members), **report.changes | Counter(freed=report.freed),
               cached=report.cached, preempted=report.preempted, waiting=report.num_waiting,
               bytes=report.bytes, flops=report.flops)
         began = report.started
@@ -2787,8 +2799,9 @@ def watching(engine: Engine, args: argparse.Namespace, trace: Trace | None):
     if args.explain:
         ceilings = measure_ceilings(engine)
         if draws_live(args):
-            width = shutil.get_terminal_size().columns - 1
-            watchers.append(LiveView(engine, ceilings, width).show)
+            size = os.get_terminal_size(sys.stderr.fileno())       # 0 where nobody has set it
+            watchers.append(LiveView(engine, ceilings, (size.columns or 80) - 1,
+                                     size.lines or 24).show)
         else:
             watchers.append(lambda report: note(explain(report, ceilings)))
     if args.step:
@@ -2888,10 +2901,10 @@ def build_parser() -> argparse.ArgumentParser:
     add("--explain", action="store_true",
         help="each step on stderr: who computed what, blocks, time, share of the bound; at a "
         "terminal as a picture of requests and KV blocks")
-    add("--step", action="store_true", help="stop after each step, and show the candidates for each "
-        "token and why the sampler took one")
-    add("--trace", metavar="FILE", help="write all steps, and the times of their kernels: FILE.html "
-        "for a browser, FILE.json for chrome://tracing or ui.perfetto.dev")
+    add("--step", action="store_true", help="stop after each step, and show the candidates for "
+        "each token and why the sampler took one")
+    add("--trace", metavar="FILE", help="write all steps, and the times of their kernels: "
+        "FILE.html for a browser, FILE.json for chrome://tracing or ui.perfetto.dev")
     add("--lesson", type=int, metavar="N", help="print lesson N of the course and where its code "
         "stands, and do nothing else")
     return parser
