@@ -80,7 +80,7 @@ def bench_decode(args, directory: Path) -> list[dict]:
     cases = [(batch, args.prompt_len, args.output_len) for batch in args.batch]
     cases += [(batch, depth, args.output_len) for batch, depth in args.deep]
     engine = Engine(directory, device=args.device, enable_prefix_caching=False,
-                    max_num_seqs=max(batch for batch, *_ in cases),
+                    block_size=args.block_size, max_num_seqs=max(batch for batch, *_ in cases),
                     max_model_len=max(prompt + new for _, prompt, new in cases))
     print(engine.describe(), file=sys.stderr)
     rows = []
@@ -122,7 +122,7 @@ def bench_prefill(args, directory: Path) -> list[dict]:
     """ppN: from submitting a prompt to its first token at the caller."""
     lengths = args.lengths or ([512, 2048, 4000] if args.shape == "1b" else [128, 512, 1024])
     engine = Engine(directory, device=args.device, enable_prefix_caching=False, max_num_seqs=64,
-                    max_model_len=max(lengths) + 1)
+                    block_size=args.block_size, max_model_len=max(lengths) + 1)
     print(engine.describe(), file=sys.stderr)
     cases, rows = [(1, length) for length in lengths] + [(64, lengths[0])], []
     for batch, length in tqdm(cases, desc="prefill", leave=False):
@@ -190,7 +190,8 @@ def bench_serve(args, directory: Path) -> list[dict]:
     lengths = rng.integers(low, high, (count, 2))
     for name, static in (("continuous batching", False), ("static batching", True)):
         engine = Engine(directory, device=args.device, max_model_len=2 * high, max_num_seqs=places,
-                        static_batching=static, enable_prefix_caching=False)
+                        static_batching=static, enable_prefix_caching=False,
+                        block_size=args.block_size)
         asked = [prompts(1, int(length), engine.cfg.vocab_size, seed=i)[0]
                  for i, (length, _) in enumerate(lengths)]
         params = [SamplingParams(temperature=0, max_tokens=int(new), ignore_eos=True)
@@ -582,6 +583,7 @@ def main():
     parser.add_argument("--prompt-len", type=int, default=128)
     parser.add_argument("--output-len", type=int, default=256)
     parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--block-size", type=int, default=16)
     parser.add_argument("--vs", choices=("transformers",))
     parser.add_argument("--json", action="store_true", help="rows as JSON instead of a table")
     parser.add_argument("--write", action="store_true", help="put the table into the README")
@@ -592,7 +594,7 @@ def main():
         args.batch = [1, 2, 4, 16, 64, 256] if large else [1, 4, 16]
     if args.deep is None:
         args.deep = [(1, 2048), (1, 8192), (64, 4096)] if large else []
-    if args.what == "decode" and args.output_len < 2:
+    if args.what in ("decode", "ladder") and args.output_len < 2:
         parser.error(f"--output-len is {args.output_len}, decode needs 2 or more")
     if not args.batch and not args.deep:
         parser.error("--batch and --deep name nothing to measure")

@@ -863,39 +863,41 @@ else:
     wait_for_inputs = dependent_launch("wait_for_inputs", "griddepcontrol.wait;")
 
 
-# Launching. `kernel[grid, threads, stream](...)` is Numba's way. It takes a tenth of a millisecond
-# of the host, longer than most kernels of a step run: those of the upper rungs take `launch`.
+# Launching. `kernel[grid, threads, stream](...)` is Numba's way. It takes the host longer than most
+# kernels of a step run: those of the upper rungs take `launch`.
 
-HANDLES = {}                               # kernel, shared memory and types -> the driver's kernel
+HANDLES = {}                               # kernel and types -> the driver's kernel
+GRANTED = {}                               # the same -> bytes of shared memory it may have
 
 
 def launch(kernel, grid, threads, stream, shared, *arguments):
-    """kernel[grid, threads, stream, shared](*arguments), by the driver itself, in a fifth of the
-    time; and with as much shared memory as the GPU has. Arguments: arrays on the device, and NumPy
-    scalars of 32 bits."""
+    """kernel[grid, threads, stream, shared](*arguments) by the driver itself, and with as much
+    shared memory as the GPU has. Arguments: C-contiguous arrays on the device, and NumPy scalars of
+    32 bits."""
     if SIMULATOR:
         kernel[grid, threads, stream, shared](*arguments)
         return
     from cuda.bindings import driver
     arguments = [a if isinstance(a, (np.generic, DeviceNDArray)) else cuda.as_cuda_array(a)
                  for a in arguments]
-    key = kernel, shared, *((a.dtype, a.ndim) for a in arguments)
-    if key not in HANDLES:
-        HANDLES[key] = compile_for_driver(kernel, shared, arguments)
+    key = kernel, *((a.dtype, a.ndim) for a in arguments)
+    if shared > GRANTED.get(key, -1):
+        HANDLES[key], GRANTED[key] = compile_for_driver(kernel, shared, arguments), shared
     # what a Numba kernel takes for an array: two owners, which device code has no use for, number
     # and size of its elements, address, shape, strides
     words = []
     for a in arguments:
         if a.ndim:
+            assert a.is_c_contiguous(), f"an array of shape {a.shape} and strides {a.strides}"
             words += 0, 0, a.size, a.dtype.itemsize, a.device_ctypes_pointer.value or 0
             words += *a.shape, *a.strides
         else:
             words.append(int(a.view(np.uint32)))
     words = np.array(words, np.uint64)
     addresses = words.ctypes.data + 8 * np.arange(len(words), dtype=np.uint64)
-    (x, y), stream = grid if isinstance(grid, tuple) else (grid, 1), getattr(stream, "handle", 0)
-    error, = driver.cuLaunchKernel(HANDLES[key], x, y, 1, threads, 1, 1, shared, int(stream),
-                                   addresses.ctypes.data, 0)
+    x, y = grid if isinstance(grid, tuple) else (grid, 1)
+    error, = driver.cuLaunchKernel(HANDLES[key], x, y, 1, threads, 1, 1, shared,
+                                   int(stream.handle) if stream else 0, addresses.ctypes.data, 0)
     if error != driver.CUresult.CUDA_SUCCESS:
         raise RuntimeError(f"{kernel.__name__} was not launched: {error.name}")
 
@@ -2613,8 +2615,8 @@ def make_attention_wgmma(D):
         piece, row = cuda.threadIdx.x % 8, cuda.threadIdx.x % PRODUCERS // 8
         place = first + row * 32 + (piece ^ (row & 7)) * 4
         sources = cuda.local.array(ROWS, int64)
-        # where the next row of this thread lies; without a division for each, as tensor cores wait
-        # for the thread blocks' instructions
+        # where the next row of this thread lies, without a division for each: the warps of the
+        # softmax need the cycles
         last, block = divide(uint32(S - 1), P), divide(uint32(row), P)
         offset, left = uint32(row - block * P), int32(S - row)
         stage, parity = 0, uint32(1)

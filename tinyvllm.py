@@ -3,13 +3,13 @@
     python tinyvllm.py --prompt "What is PagedAttention?"
 
     1. Config                 config.json, read and checked                            (lesson 3)
-    2. Weights                safetensors -> arrays, fused where one matmul serves two (lesson 2)
+    2. Weights                safetensors -> arrays, fused where one matmul serves two  (2 and 3)
     3. Tokenizer              text <-> token ids, the chat template, streaming text    (lesson 0)
     4. Sampling parameters    what a caller may ask for, checked                       (lesson 15)
     5. Requests and outputs   what the engine keeps of a request, what the caller gets
     6. BlockAllocator         the KV cache is a pool of blocks                (lessons 11 and 14)
     7. Host and Gpu           where arrays live and how a step is run                  (lesson 16)
-    8. Engine                 schedule -> pack -> forward -> sample -> retire  (lessons 1 and 13)
+    8. Engine                 schedule -> pack -> forward -> sample -> retire  (lessons 1, 13-15)
     9. What a step did        --explain, --step and --trace               (lessons 13, 14 and 15)
    10. Command line
 
@@ -1118,7 +1118,7 @@ class Host:
 
     def kernel_times(self) -> list[tuple[str, float]]:
         """Name and seconds of each operation of the last step."""
-        return self.times
+        return list(self.times)
 
 
 class Gpu:
@@ -1256,7 +1256,7 @@ class Gpu:
             if self.graphs[shape] is None:
                 self.graphs[shape] = self.record_step(shape, work)
             self.call(self.driver.cuGraphLaunch(self.graphs[shape], self.handle))
-            self.marks = self.marks_of[shape]
+            self.marks = list(self.marks_of[shape])
             return
         with tqdm(desc="preparing kernels", unit=" launches", delay=1, leave=False) as bar:
             self.progress = bar
@@ -1286,7 +1286,8 @@ class Gpu:
         n, flags = len(self.marks), self.driver.CUevent_record_flags
         if self.recording or n == len(self.spare_marks):
             event = self.call(self.driver.cuEventCreate(0))
-            self.spare_marks += [event] * (not self.recording)
+            if not self.recording:
+                self.spare_marks.append(event)
         else:
             event = self.spare_marks[n]
         self.call(self.driver.cuEventRecordWithFlags(
@@ -1652,7 +1653,7 @@ class Engine:
         # one block more than there are: padding of a step writes there, nobody reads it
         cache = new((2, cfg.num_hidden_layers, num_blocks + 1, P, G, D), elements)
         self.kv_cache = cache
-        # of each layer, (blocks, P, G, D)
+        # of each layer, (blocks, P, G, D); a view of a device array takes longer than its use
         self.k_cache, self.v_cache = ([half[l] for l in range(cfg.num_hidden_layers)]
                                       for half in (cache[0], cache[1]))
         self.x = new((T, cfg.hidden_size), elements)                      # residual stream
@@ -2212,6 +2213,8 @@ class Engine:
     def retire_step(self, batch: Batch, tokens: Callable, logits: dict) -> list[Request]:
         """Gives the tokens of a finished step to their sequences: the requests that grew."""
         grown, choices = {}, []
+        # on the GPU a step may have been under way when the last of its requests ended
+        of_use = any(not seq.finish_reason for seq in batch.sequences)
         try:
             sampled = tokens()
             for b in batch.ready:
@@ -2231,7 +2234,7 @@ class Engine:
             raise
         self.num_tokens[batch.kind] += batch.num_tokens
         self.num_steps += 1
-        report = self.report(batch, choices) if self.on_step else None
+        report = self.report(batch, choices) if self.on_step and of_use else None
         self.read_at, self.freed_before = time.perf_counter(), self.allocator.counts["freed"]
         if report:
             self.on_step(report)
@@ -2587,23 +2590,27 @@ class LiveView:
     KV blocks with a letter for each owner, a capital where several share a block."""
     SLOTS, MAP_LINES, SECONDS_APART = 16, 8, 0.05
 
-    def __init__(self, engine: Engine, ceilings: tuple[float, float], width: int, rows: int = 40):
+    def __init__(self, engine: Engine, ceilings: tuple[float, float], width: int, rows: int):
         self.engine, self.ceilings, self.width = engine, ceilings, max(1, width)
-        self.slots = max(1, min(self.SLOTS, rows - self.MAP_LINES - 6))
-        self.height, self.drawn_at, self.drawn = 0, 0.0, set()
+        # four more lines of text, and one left for the cursor: what scrolls away is not drawn over
+        self.slots = max(1, min(self.SLOTS, rows - self.MAP_LINES - 5))
+        self.height, self.drawn_at = 0, 0.0
+        self.names = set()                         # of whom the last picture told
 
     def show(self, report: StepReport) -> None:
         """Draws over what was drawn before. The last step of a batch stays, and so does what stands
         there when other requests come: their picture begins below."""
-        last, names = not self.engine.requests, {name for name, *_ in report.members}
+        last = not self.engine.requests
         if not last and time.perf_counter() - self.drawn_at < self.SECONDS_APART:
             return
         lines = self.draw(report)
-        up = f"\x1b[{self.height}F\x1b[J" if self.height and names & self.drawn else ""
+        names = {name for name, *_ in report.members}
+        names |= {seq.name for seq in (*self.engine.running, *self.engine.waiting)}
+        up = f"\x1b[{self.height}F\x1b[J" if self.height and names & self.names else ""
         # without wrapping: a character may be two columns wide
         note(f"{up}\x1b[?7l" + "\n".join(lines) + "\x1b[?7h")
         self.height, self.drawn_at = 0 if last else len(lines), time.perf_counter()
-        self.drawn = names | {seq.name for seq in self.engine.running}
+        self.names = names
 
     def draw(self, report: StepReport) -> list[str]:
         running, width = self.engine.running, self.width
@@ -2651,10 +2658,12 @@ def explain_choice(choice: Choice, engine: Engine, count: int = 5) -> str:
         return f"request {seq.name}: no finite logit is left to choose from"
 
     def spelled(ids):
-        return repr(engine.tokenizer.decode(ids, skip_special_tokens=False)) if engine.tokenizer \
-            else str(ids)
-    probabilities, scores = kernels.softmax_ref(choice.logits), edited_logits(choice, engine)
-    kept, noise, why = np.full(V, True), np.zeros(V, np.float32), "greedy: the largest logit"
+        if engine.tokenizer is None:
+            return str(ids)
+        return repr(engine.tokenizer.decode(ids, skip_special_tokens=False))
+    probabilities, edited = kernels.softmax_ref(choice.logits), edited_logits(choice, engine)
+    edits = " after bias and penalties" if (edited != choice.logits).any() else ""
+    scores, noise, why = edited.copy(), np.zeros(V, np.float32), f"greedy: the largest logit{edits}"
     if not params.greedy:
         scores /= np.float32(params.temperature)
         kernels.top_k_ref(scores, params.top_k)
@@ -2662,20 +2671,21 @@ def explain_choice(choice: Choice, engine: Engine, count: int = 5) -> str:
             kernels.top_p_ref(scores, np.float32(params.top_p))
         if params.min_p > 0:
             kernels.min_p_ref(scores, params.min_p)
-        kept = scores > -np.inf
         noise = kernels.gumbel_ref(seq.seed, choice.position, V)
-        why = (f"the largest logit / {params.temperature:g} + noise, which seed {seq.seed} and "
-               f"position {choice.position} make, of the {kept.sum()} tokens that top-k, top-p and "
-               "min-p leave")
+        why = (f"the largest logit{edits} / {params.temperature:g} + noise, which seed {seq.seed} "
+               f"and position {choice.position} make, of the {(scores > -np.inf).sum()} tokens "
+               "that top-k, top-p and min-p leave")
     likeliest = np.argsort(-probabilities, kind="stable")[:count].tolist()
     lines = [f"request {seq.name}, after {spelled(seq.token_ids[:choice.position][-8:])}: {why}"]
     for token in likeliest + [choice.token] * (choice.token not in likeliest):
         mark = ">" if token == choice.token else " "
         line = (f"  {mark} {spelled([token]):<16} {100 * probabilities[token]:6.2f} %  logit "
                 f"{choice.logits[token]:8.3f}")
+        if edits:
+            line += f"  edited {edited[token]:8.3f}"
         if not params.greedy:
             line += (f"  noise {noise[token]:+7.3f}  score {scores[token] + noise[token]:8.3f}"
-                     if kept[token] else "  filtered out")
+                     if scores[token] > -np.inf else "  filtered out")
         lines.append(line)
     return "\n".join(lines)
 
@@ -2699,8 +2709,8 @@ def edited_logits(choice: Choice, engine: Engine) -> np.ndarray:
 class Stepper:
     """Shows the candidates of each token, and waits for the Enter key after each step."""
 
-    def __init__(self, engine: Engine):
-        self.engine, self.shows, self.waits = engine, True, True
+    def __init__(self, engine: Engine, waits: bool):
+        self.engine, self.shows, self.waits = engine, True, waits
 
     def show(self, report: StepReport) -> None:
         if not self.shows:
@@ -2710,7 +2720,7 @@ class Stepper:
         for choice in report.choices:
             note(explain_choice(choice, self.engine))
         if self.waits:
-            note("Enter: the next step; c: go on without stopping; q: end here")
+            note("Enter: the next step; c: show no more; q: end here")
             line = sys.stdin.readline()
             self.waits = line != ""                # or the input has ended: nobody is there
             self.shows = line.strip() != "c"
@@ -2729,14 +2739,16 @@ class Trace:
             self.file = open(path, "w", encoding="utf-8")      # now, not after the work
         except OSError as error:
             raise UserError(f"cannot write --trace {path}: {error.strerror}") from None
-        self.as_page = path.endswith(".html")
+        self.page = None
+        if path.endswith(".html"):
+            self.page = (HOME / "assets" / "trace.html").read_text("utf-8")
         self.events: list[dict] = []
         self.rows = {"steps": 0, "kernels": 1}
         self.steps: list[dict] = []
         self.held: dict[str, list[int]] = {}                   # when the step before was made
 
     def add(self, report: StepReport) -> None:
-        if self.as_page:
+        if self.page:
             self.add_step(report)
         else:
             self.add_events(report)
@@ -2747,7 +2759,7 @@ class Trace:
             self.events.append(dict(name=name, ph="X", ts=started * 1e6, dur=seconds * 1e6, pid=0,
                                     tid=row, args=args))
         event(report.kind, 0, report.started, report.seconds, step=report.number,
-              requests=len(report.members), **report.changes | Counter(freed=report.freed),
+              requests=len(report.members), **dict(report.changes, freed=report.freed),
               cached=report.cached, preempted=report.preempted, waiting=report.num_waiting,
               bytes=report.bytes, flops=report.flops)
         began = report.started
@@ -2772,20 +2784,19 @@ class Trace:
         for name, seconds in report.kernels:
             kernels_us[name] += 1e6 * seconds
         self.steps.append(dict(
-            line=summarize(report), kind=report.kind, at=report.started, us=1e6 * report.seconds,
-            members=report.members, gone=gone, waiting=report.num_waiting,
+            line=summarize(report), kind=report.kind, us=1e6 * report.seconds,
+            members=report.members, gone=gone,
             took={name: blocks for name, blocks in took.items() if blocks},
             kernels={name: round(us, 1) for name, us in kernels_us.most_common()}))
 
     def write(self, engine: Engine) -> None:
         with self.file as file:
-            if self.as_page:
+            if self.page:
                 data = dict(title=engine.describe(), blocks=len(engine.allocator.ref_counts),
-                            block_size=engine.block_size, steps=self.steps)
+                            steps=self.steps)
                 # subtle: a request may be named "</script>"
                 text = json.dumps(data).replace("<", "\\u003c")
-                page = (HOME / "assets" / "trace.html").read_text("utf-8")
-                file.write(page.replace("/*DATA*/", text))
+                file.write(self.page.replace("/*DATA*/", text))
                 return
             names = [dict(name="thread_name", ph="M", pid=0, tid=row, args=dict(name=name))
                      for name, row in self.rows.items()]
@@ -2805,7 +2816,8 @@ def watching(engine: Engine, args: argparse.Namespace, trace: Trace | None):
         else:
             watchers.append(lambda report: note(explain(report, ceilings)))
     if args.step:
-        watchers.append(Stepper(engine).show)
+        # a conversation that comes from a file is no Enter key
+        watchers.append(Stepper(engine, not args.chat or sys.stdin.isatty()).show)
     if trace:
         watchers.append(trace.add)
 
@@ -2813,7 +2825,7 @@ def watching(engine: Engine, args: argparse.Namespace, trace: Trace | None):
         for watcher in watchers:
             watcher(report)
     engine.on_step = watch if watchers else None
-    engine.keep_logits, engine.place.timing = args.step, trace is not None
+    engine.keep_logits, engine.place.timing = args.step, args.step or trace is not None
     try:
         yield
     finally:
@@ -2904,7 +2916,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--step", action="store_true", help="stop after each step, and show the candidates for "
         "each token and why the sampler took one")
     add("--trace", metavar="FILE", help="write all steps, and the times of their kernels: "
-        "FILE.html for a browser, FILE.json for chrome://tracing or ui.perfetto.dev")
+        "FILE.html for a browser, FILE.json for chrome://tracing or ui.perfetto.dev; each step is "
+        "waited for")
     add("--lesson", type=int, metavar="N", help="print lesson N of the course and where its code "
         "stands, and do nothing else")
     return parser
@@ -3095,7 +3108,7 @@ def answer(engine: Engine, prompts: list, params: SamplingParams, args: argparse
                 if streams(args):
                     show(everything=False)
             show(everything=False)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, KernelError):
         latest = {request_id: request.output() for request_id, request in requests.items()}
         show(everything=True)
         raise
