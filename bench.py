@@ -200,7 +200,6 @@ def bench_serve(args, directory: Path) -> list[dict]:
                                  args.repeat)
         rows.append({"engine": "tinyvllm", "row": name, "tokens/s": lengths[:, 1].sum() / seconds,
                      "seconds": seconds})
-        vocab_size = engine.cfg.vocab_size
         del engine
     if args.vs == "transformers":
         generate = load_transformers(args, directory)

@@ -3251,14 +3251,19 @@ def gumbel_ref(seed, position, V):
     return -np.log(-np.log(uniform))
 
 
-def sample_ref(logits, temperature, top_k, top_p, min_p, seed, position):
-    """The sampled token id.  logits (V,) f32, consumed; temperature > 0; seed a 64-bit int."""
+def filter_ref(logits, temperature, top_k, top_p, min_p):
+    """logits (V,) f32 over the temperature, which is above 0; what is not kept -inf. In place."""
     logits /= np.float32(temperature)
     top_k_ref(logits, top_k)
     if top_p < 1:
         top_p_ref(logits, top_p)
     if min_p > 0:
         min_p_ref(logits, min_p)
+
+
+def sample_ref(logits, temperature, top_k, top_p, min_p, seed, position):
+    """The sampled token id.  logits (V,) f32, consumed; temperature > 0; seed a 64-bit int."""
+    filter_ref(logits, temperature, top_k, top_p, min_p)
     return int(np.argmax(logits + gumbel_ref(seed, position, len(logits))))
 
 

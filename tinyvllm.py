@@ -952,7 +952,7 @@ class Batch:
     held: dict[str, list[int]] = field(default_factory=dict)   # block tables, if somebody watches
     kernels: list[tuple[str, float]] = field(default_factory=list)     # names, seconds, if timed
     started: float = 0.0                           # time.perf_counter()
-    ended: float | None = None                     # if the host waited for it
+    ended: float | None = None                     # known if its kernels were timed
 
     @property
     def num_tokens(self) -> int:
@@ -1928,13 +1928,17 @@ class Engine:
             self.fill_bias(seq)
 
     def fill_bias(self, seq: Sequence) -> None:
-        """The row added to its logits: logit_bias, and no way to stop before min_tokens."""
+        self.place.upload(self.bias[seq.row], self.bias_of(seq, seq.num_sampled))
+
+    def bias_of(self, seq: Sequence, num_sampled: int) -> np.ndarray:
+        """(V,) float32, added to the logits that follow its first num_sampled outputs: logit_bias,
+        and no way to stop before min_tokens."""
         bias = np.zeros(self.cfg.vocab_size, np.float32)
         for token, value in seq.params.logit_bias.items():
             bias[token] = value
-        if seq.num_sampled < seq.params.min_tokens:
+        if num_sampled < seq.params.min_tokens:
             bias[list(self.eos_token_ids | set(seq.params.stop_token_ids))] = -np.inf
-        self.place.upload(self.bias[seq.row], bias)
+        return bias
 
     def cached_prefix(self, seq: Sequence) -> list[int]:
         """Blocks that hold seq's beginning already; not its last token: it wants logits."""
@@ -2222,7 +2226,8 @@ class Engine:
                 seq.num_pending -= 1
                 if seq.finish_reason:              # it ended while this step was under way
                     continue
-                choices.append(Choice(seq, batch.seq_lens[b], token, logits.get(b)))
+                if self.on_step:
+                    choices.append(Choice(seq, batch.seq_lens[b], token, logits.get(b)))
                 if seq.params.logprobs is not None and token >= 0:
                     entry = self.logprobs_of(logits[b], token, seq.params.logprobs)
                     seq.logprobs.append(entry)
@@ -2614,8 +2619,7 @@ class LiveView:
 
     def draw(self, report: StepReport) -> list[str]:
         running, width = self.engine.running, self.width
-        lines = [summarize(report), share_of_bound(report, self.ceilings)]
-        slots = []
+        head, slots = [summarize(report), share_of_bound(report, self.ceilings)], []
         for seq in running[:self.slots]:
             letter, colour = letter_of(seq.name)
             computed = f"{seq.num_computed:5d}" + (
@@ -2625,9 +2629,9 @@ class LiveView:
             line += text[max(0, len(text) - max(0, width - 1 - len(line))):]
             slots.append(painted(letter, colour) + line[:width - 1])
         left_out, waiting = len(running) - len(slots), len(self.engine.waiting)
-        ends = [f"{left_out} more running, {waiting} waiting"] * (left_out > 0 or waiting > 0)
-        return [line[:width] for line in lines] + slots + [line[:width] for line in ends] + (
-            self.map_of_blocks(report))
+        if left_out or waiting:
+            slots.append(f"{left_out} more running, {waiting} waiting"[:width])
+        return [line[:width] for line in head] + slots + self.map_of_blocks(report)
 
     def map_of_blocks(self, report: StepReport) -> list[str]:
         """A cell for one block, or for several of which the first with an owner counts."""
@@ -2647,8 +2651,8 @@ class LiveView:
         several = f", {size} in a cell" if size > 1 else ""
         title = (f"KV blocks 0 to {shown - 1} of {len(counts)}{several}: {report.blocks_in_use} in "
                  "use, - cached, . free")
-        return [title[:self.width]] + ["".join(cells[i:i + self.width])
-                        for i in range(0, len(cells), self.width)]
+        rows = ["".join(cells[i:i + self.width]) for i in range(0, len(cells), self.width)]
+        return [title[:self.width], *rows]
 
 
 def explain_choice(choice: Choice, engine: Engine, count: int = 5) -> str:
@@ -2665,12 +2669,8 @@ def explain_choice(choice: Choice, engine: Engine, count: int = 5) -> str:
     edits = " after bias and penalties" if (edited != choice.logits).any() else ""
     scores, noise, why = edited.copy(), np.zeros(V, np.float32), f"greedy: the largest logit{edits}"
     if not params.greedy:
-        scores /= np.float32(params.temperature)
-        kernels.top_k_ref(scores, params.top_k)
-        if params.top_p < 1:
-            kernels.top_p_ref(scores, np.float32(params.top_p))
-        if params.min_p > 0:
-            kernels.min_p_ref(scores, params.min_p)
+        kernels.filter_ref(scores, params.temperature, params.top_k, np.float32(params.top_p),
+                           params.min_p)
         noise = kernels.gumbel_ref(seq.seed, choice.position, V)
         why = (f"the largest logit{edits} / {params.temperature:g} + noise, which seed {seq.seed} "
                f"and position {choice.position} make, of the {(scores > -np.inf).sum()} tokens "
@@ -2692,12 +2692,9 @@ def explain_choice(choice: Choice, engine: Engine, count: int = 5) -> str:
 
 def edited_logits(choice: Choice, engine: Engine) -> np.ndarray:
     """(V,) float32 logits of a choice after bias and penalties, as its sampler saw them."""
-    seq, params, logits = choice.sequence, choice.sequence.params, choice.logits.copy()
-    prompt, V = seq.request.prompt_token_ids, len(logits)
-    for token, value in params.logit_bias.items():
-        logits[token] += np.float32(value)
-    if choice.position - len(prompt) < params.min_tokens:
-        logits[list(engine.eos_token_ids | set(params.stop_token_ids))] = -np.inf
+    seq, params, V = choice.sequence, choice.sequence.params, len(choice.logits)
+    prompt = seq.request.prompt_token_ids
+    logits = choice.logits + engine.bias_of(seq, choice.position - len(prompt))
     if params.penalizes:
         counts = np.bincount(seq.token_ids[len(prompt):choice.position], minlength=V)
         kernels.penalize_ref(logits, counts, np.bincount(prompt, minlength=V) > 0,
