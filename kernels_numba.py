@@ -339,6 +339,12 @@ def float_bits(x):
     return np.float32(x).view(np.uint32)
 
 
+@instruction("mov.b32 {0}, {1};", "=f", "r", keep=False)
+def float_of(word):
+    """The float32 of these bits."""
+    return np.uint32(word).view(np.float32)
+
+
 @instruction("mov.b32 {0}, {1};", "=r", "r", keep=False)
 def one_register(word):
     """The same word, as a value that the compiler takes as it is: what is added to it afterwards
@@ -388,6 +394,12 @@ def load_4_floats(floats, i, array, index):
 def load_shared(words, i, array, index):
     """16 bytes of shared memory, which must lie at a multiple of 16."""
     words[i:i + 4] = array[index:index + 4]
+
+
+@instruction("ld.volatile.shared.u32 {0}, [{1}];", "=r", "shared")
+def load_shared_word(array, index):
+    """A word of shared memory as it is now, whatever has been read of it before."""
+    return array[index]
 
 
 @instruction("ld.global.v2.f32 {0}, [{1}];", "=2f", "global")
@@ -558,16 +570,33 @@ def load_acquire(array, index):
     return array[index]
 
 
+@instruction("{{ .reg .b64 both; mov.b64 both, {{{1}, {2}}};"
+             " st.relaxed.gpu.global.b64 [{0}], both; }}", "global", "r", "r")
+def send(mail, index, word, stamp):
+    """A word and, in the same 8 bytes, the stamp that tells this letter from the one before: who
+    reads it again and again until that is right needs no meeting (as NCCL's protocol LL)."""
+    mail[index] = np.uint64(int(stamp) << 32 | int(word))
+
+
+@instruction("{{ .reg .b64 both; ld.relaxed.gpu.global.b64 both, [{2}];"
+             " mov.b64 {{{0}, {1}}}, both; }}", "=r", "=r", "global")
+def receive(mail, index):
+    """(word, stamp) as they are now."""
+    both = int(mail[index])
+    return np.uint32(both & 0xffffffff), np.uint32(both >> 32)
+
+
 # Hopper: a copy engine that brings a box of a tensor to shared memory at one thread's word, tensor
 # cores that read their operands there, and barriers in shared memory, which tell of copies and
 # threads that are done.
 
 
-@instruction("barrier.sync 1, {0};", "r")
-def meet(threads):
-    """cuda.syncthreads for the first `threads` threads, whole warps, of a thread block."""
+@instruction("barrier.sync {0}, {1};", "r", "r")
+def meet(place, threads):
+    """cuda.syncthreads for so many threads, whole warps, of a thread block. Each group that meets
+    has a place of its own, 1 to 15."""
     manager = threading.current_thread()._manager.__dict__
-    name = f"meeting of {threads}"
+    name = f"meeting {place} of {threads}"
     (manager.get(name) or manager.setdefault(name, threading.Barrier(int(threads)))).wait()
 
 
@@ -722,6 +751,15 @@ def copy_box_3d(target, i, maps, m, x0, x1, x2, barriers, barrier):
              "shared", "global", "r", "r", "r", "r", "r", "shared")
 def copy_box_5d(target, i, maps, m, x0, x1, x2, x3, x4, barriers, barrier):
     """The same in five dimensions."""
+    copy_box(target, i, maps, m, (x0, x1, x2, x3, x4), barriers, barrier)
+
+
+@instruction("{{ .reg .b64 policy; createpolicy.fractional.L2::evict_first.b64 policy, 1.0;"
+             " cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes"
+             ".L2::cache_hint [{0}], [{1}, {{{2}, {3}, {4}, {5}, {6}}}], [{7}], policy; }}",
+             "shared", "global", "r", "r", "r", "r", "r", "shared")
+def copy_box_5d_once(target, i, maps, m, x0, x1, x2, x3, x4, barriers, barrier):
+    """The same of what nobody reads again soon: in the L2 cache it makes room first."""
     copy_box(target, i, maps, m, (x0, x1, x2, x3, x4), barriers, barrier)
 
 
@@ -1008,10 +1046,10 @@ def block_sum(value, threads):
     value = warp_sum(value)
     if tid % WARP == 0:
         partial[tid // WARP] = value
-    meet(threads)                          # else a thread adds a partial that is not written yet
+    meet(1, threads)                       # else a thread adds a partial that is not written yet
     for warp in range(threads // WARP):
         total += partial[warp]
-    meet(threads)                          # else the next sum overwrites what a slow thread reads
+    meet(1, threads)                       # else the next sum overwrites what a slow thread reads
     return total
 
 
@@ -2783,7 +2821,7 @@ def make_attention_wgmma(D):
         many_registers()
         load_queries(ring, first, qkv, h, first_t, end_t)
         fence_shared()
-        meet(WGMMA_WARPS * WARP)           # else a warp multiplies queries not there yet
+        meet(1, WGMMA_WARPS * WARP)        # else a warp multiplies queries not there yet
         for half in range(2):
             m[half], l[half] = NEG_INF, ZERO
         for i in range(OUTS):
@@ -2917,31 +2955,38 @@ def make_attention_sums(D, IN_ORDER):
                 sums[at + D], sums[at + D + 1] = m[half] * scale, total
 
     @cuda.jit(device=True)
+    def joined(sums, base, r, d, R):
+        """(o, m, l) of one channel: the sums of all warps, sums[base:] as (DECODE_WARPS, R, D+2),
+        together."""
+        m, l, o = NEG_INF, ZERO, ZERO
+        for w in range(DECODE_WARPS):
+            m = max(m, sums[base + (w * R + r) * (D + 2) + D])
+        for w in range(DECODE_WARPS):
+            at = base + (w * R + r) * (D + 2)
+            weight = exp2(sums[at + D] - m)                    # a warp without keys has m = -inf
+            l += sums[at + D + 1] * weight
+            o += sums[at + d] * weight
+        return o, m, l
+
+    @cuda.jit(device=True)
     def join_warps(out, partial, sums, base, b, g, j, R, only):
-        """The sums of all warps, sums[base:] as (DECODE_WARPS, R, D+2), together: the attention of
-        request b and KV head g itself if j is the context's only split, otherwise a part of it."""
+        """The attention of request b and KV head g itself if j is the context's only split,
+        otherwise a part of it."""
         for i in range(cuda.threadIdx.x, R * D, WARP * DECODE_WARPS):
             r, d = i // D, i % D
-            m, l, o = NEG_INF, ZERO, ZERO
-            for w in range(DECODE_WARPS):
-                m = max(m, sums[base + (w * R + r) * (D + 2) + D])
-            for w in range(DECODE_WARPS):
-                at = base + (w * R + r) * (D + 2)
-                weight = exp2(sums[at + D] - m)                # a warp without keys has m = -inf
-                l += sums[at + D + 1] * weight
-                o += sums[at + d] * weight
+            o, m, l = joined(sums, base, r, d, R)
             if only:
                 out[b, g * R + r, d] = narrow(o / l, out)
             else:
                 partial[j, g * R + r, d] = o
                 if d == 0:
                     partial[j, g * R + r, D], partial[j, g * R + r, D + 1] = m, l
-    return add_scores, store_sums, join_warps
+    return add_scores, store_sums, joined, join_warps
 
 
 def make_attend_splits(D):
     """The device function for one head_dim, a multiple of 64 up to 256."""
-    add_scores, store_sums, join_warps = make_attention_sums(D, IN_ORDER=False)
+    add_scores, store_sums, _, join_warps = make_attention_sums(D, IN_ORDER=False)
     VECTORS = D // 64                      # 16-byte pieces of a value row for a lane
     K_WORDS, Q_WORDS = D // 4, D // 16 * 4
     TILE_WORDS = 2 * K_WORDS               # of keys, then of values
@@ -3689,6 +3734,12 @@ def begin_decode(tokens, positions, slots, seq_lens, splits, inputs, state, bloc
 #                   of weights, or of keys and values              > consumers: tensor cores, norms,
 #   tokens warp  -> [ stage ][ stage ][ stage ]                   /  rotation, softmax
 #
+# Thread blocks tell each other of their results at meetings: each counts itself in when its own are
+# written, and waits until all have. With few tokens that, and not memory, is the pace of a layer: a
+# meeting takes two microseconds, weights of a layer 29. So what a few thread blocks need goes by
+# mail, each word with a stamp that says which layer of which step it is of; a single token every
+# thread block norms for itself; and while such news are due, the copies ahead take their time.
+#
 # A matmul is cut into items: 128 rows of a weight matrix, a tile, by all of its K or a part of it.
 # A thread block takes every gridDim.x-th item and goes on from one matrix to the next without a
 # gap, in steps of 64 along K, each a stage. All three roles walk the same schedule. Weights are the
@@ -3707,15 +3758,18 @@ MULTIPROCESSORS = 2 if SIMULATOR else 132  # that the parts are made for; they m
 PERSISTENT_SHARED = (227 - 1) << 10        # bytes; 1 KB is left for static arrays
 SUM_WORDS = 20480                          # the most that sums of attention, or a token and its
                                            # gains, may take of it: three stages are left
-X_WORDS = 8192                             # for the tokens' ring; three stages if that is more
+X_WORDS = 4096                             # for the tokens' ring; three stages if that is more
 # barriers of the rings: full[i], that a copy has landed, and empty[i], that all consumers are done
 MAX_STAGES, MAX_X_STAGES = 16, 8
 EMPTY, X_FULL, X_EMPTY = MAX_STAGES, 2 * MAX_STAGES, 2 * MAX_STAGES + MAX_X_STAGES
 NUM_BARRIERS = 2 * MAX_STAGES + 2 * MAX_X_STAGES
 QKV, O, GATE_UP, DOWN, LM_HEAD = range(5)  # the matmuls of a layer in their order, and the last one
 H_MAP, O_MAP, ACT_MAP, KV_MAP = range(5, 9)            # tensor maps behind those of the matrices
-ITEMS, PARTS, STEPS, ROWS = range(4)       # columns of the plan: items of a matrix, parts of its K,
-                                           # steps of an item, rows
+ITEMS, PARTS, STEPS, ROWS, PLACE = range(5)            # columns of the plan: items of a matrix,
+                                           # parts of its K, steps of an item, rows, and where its
+                                           # sums begin in `parts` if there is but one token
+FAST = 3                                   # stages of weights on their way at once
+MAIL_TOKENS = 16                           # for so many, at most, q, k and v go by mail
 # what is there when all thread blocks have met for the n-th time in a layer; past the layers the
 # first comes once more, for the last norm
 (NORMED, QKV_MADE, ROTATED, SPLITS_ATTENDED, ATTENDED, O_MADE, NORMED_AGAIN, ACTIVATED,
@@ -3754,31 +3808,41 @@ def parts_of(N, K):
 
 
 def decode_plan(H, G, D, C, F, V):
-    """(5, 4) int32: for each matrix what its items are."""
-    plan = []
+    """(5, 5) int32: for each matrix what its items are."""
+    plan, place = [], 0
     for kind, (N, K) in enumerate((*shapes_of_layer(H, G, D, C, F), (V, C))):
         parts = parts_of(N, K) if kind in (QKV, O, DOWN) else 1
-        plan.append((ceil_div(N, TILE_ROWS) * parts, parts, K // parts // 64, N))
+        plan.append((ceil_div(N, TILE_ROWS) * parts, parts, K // parts // 64, N, place))
+        if kind in (QKV, O, DOWN):
+            place += parts * N
     return np.array(plan, np.int32)
 
 
 def parts_size(B, H, G, D, C, F):
-    """Elements of `parts` of forward_decode for B tokens."""
+    """Elements of `parts` of forward_decode for up to B tokens: a matmul's, or all of one token."""
     shapes = shapes_of_layer(H, G, D, C, F)
-    return B * max(parts_of(*shapes[kind]) * shapes[kind][0] for kind in (QKV, O, DOWN))
+    sizes = [parts_of(*shapes[kind]) * shapes[kind][0] for kind in (QKV, O, DOWN)]
+    return max(B * max(sizes), sum(sizes))
 
 
-def forward_decode_ref(logits, x, h, qkv, o, act, kv_cache, parts, partial, arrivals, tokens,
-                       positions, slots, rows, seq_lens, splits, block_tables, cos, sin,
+def mail_size(H, G, D, C):
+    """Letters of forward_decode: parts of q, k and v, and behind them one token's attention, two
+    channels in a letter."""
+    rows = (H + 2 * G) * D
+    return MAIL_TOKENS * parts_of(rows, C) * rows + H * D // 2
+
+
+def forward_decode_ref(logits, x, h, qkv, o, act, kv_cache, parts, partial, mail, arrivals,
+                       tokens, positions, slots, rows, seq_lens, splits, block_tables, cos, sin,
                        embed, norms, matrices, eps):
     """Logits of one token for each request: the whole transformer.
 
     logits (B, V) f32, x and h (B, C), qkv (B, H+2G, D), of which q counts, o (B, H, D), act (B, F)
     written; kv_cache (2, L, blocks, P, G, D) appended to; parts (parts_size,), partial
-    (J, H, D+2) and arrivals (9L+2,) are workspace of the kernel; tokens, positions, slots, rows,
-    seq_lens (B,) i32, splits and block_tables as begin_decode leaves them; embed (V, C); norms
-    (2L+1, C): before attention and MLP of each layer, and the last; matrices: see
-    matrices_of_layer.
+    (J, H, D+2), mail (mail_size,) and arrivals (9L+3,) are workspace of the kernel; tokens,
+    positions, slots, rows, seq_lens (B,) i32, splits and block_tables as begin_decode leaves them;
+    embed (V, C); norms (2L+1, C): before attention and MLP of each layer, and the last; matrices:
+    see matrices_of_layer.
     """
     B, (H, D), G, C, F = len(x), o.shape[1:], kv_cache.shape[4], x.shape[1], act.shape[1]
     delta, flat_qkv, gate_up = np.empty_like(x), qkv.reshape(B, -1), np.empty((B, 2 * F), x.dtype)
@@ -3798,6 +3862,7 @@ def forward_decode_ref(logits, x, h, qkv, o, act, kv_cache, parts, partial, arri
         matmul_ref(delta, act, w_down)
         add_ref(x, delta)
     rmsnorm_ref(h, x, norms[-1], eps)
+    arrivals[-1] += 1
     matmul_ref(logits, h, matrices[len(k_cache) * layer_size(H, G, D, C, F):].reshape(-1, C))
 
 
@@ -3805,7 +3870,7 @@ def forward_decode_ref(logits, x, h, qkv, o, act, kv_cache, parts, partial, arri
 def arrive(arrivals, meeting):
     """This thread block has come to a meeting: all that its consumers wrote before is visible to
     who waits for it."""
-    meet(CONSUMERS)                        # else the arrival is counted before all threads wrote
+    meet(1, CONSUMERS)                     # else the arrival is counted before all threads wrote
     if cuda.threadIdx.x == 0:
         add_release(arrivals, meeting, uint32(1))
 
@@ -3825,7 +3890,14 @@ def gather(arrivals, meeting):
     """All consumers wait for a meeting."""
     if cuda.threadIdx.x == 0:
         await_all(arrivals, meeting)
-    meet(CONSUMERS)                        # else a thread reads before the others have arrived
+    meet(1, CONSUMERS)                     # else a thread reads before the others have arrived
+
+
+@cuda.jit(device=True)
+def stamp_of(launches, num_matrices, layer):
+    """Of the letters of a layer: the 2**32 / num_matrices steps before had others, and so has each
+    layer."""
+    return uint32(launches * uint32(num_matrices) + uint32(layer + 1))
 
 
 @cuda.jit(device=True)
@@ -3916,7 +3988,18 @@ def stream_context(ring, first, stage, stages, parity, barriers, maps, item, lay
 
 
 @cuda.jit(device=True)
-def stream_weights(ring, first, stages, barriers, plan, maps, num_matrices, D, KEYS, G, P,
+def await_copies(barriers, stage, parity, stages, pace):
+    """Waits until fewer than `pace` stages before this one are on their way. FAST keeps the memory
+    busy; more would only stand in its queues, and in the way of what thread blocks tell each other.
+    While they do that and no stage is missing, SLOW is enough."""
+    if stage >= pace:
+        await_barrier(barriers, stage - pace, uint32(parity ^ uint32(1)))
+    else:
+        await_barrier(barriers, stage - pace + stages, parity)
+
+
+@cuda.jit(device=True)
+def stream_weights(ring, first, stages, barriers, plan, pace, maps, num_matrices, D, KEYS, G, P,
                    block_tables, rows, seq_lens, splits):
     """The warp that fills the ring with weights and, for attention, with contexts."""
     lane, item, stage, parity = cuda.threadIdx.x % WARP, cuda.blockIdx.x, 0, uint32(1)
@@ -3933,12 +4016,14 @@ def stream_weights(ring, first, stages, barriers, plan, maps, num_matrices, D, K
             k = part * steps * 64
             for _ in range(steps):
                 await_barrier(barriers, EMPTY + stage, parity)
+                await_copies(barriers, stage, parity, stages, int64(load_shared_word(pace, 0)))
                 meet_warp()                # else a lane a whole ring behind waits for a past phase
                 if lane == 0:
                     barrier_expect(barriers, stage, uint32(STAGE_WORDS * 4))
-                    copy_box_5d(ring, first + stage * STAGE_WORDS, maps, kind * 16, uint32(k),
-                                uint32(0), uint32(0), uint32(tile * (TILE_ROWS // 16)),
-                                uint32(matrix >> 2 if kind != LM_HEAD else 0), barriers, stage)
+                    copy_box_5d_once(ring, first + stage * STAGE_WORDS, maps, kind * 16, uint32(k),
+                                     uint32(0), uint32(0), uint32(tile * (TILE_ROWS // 16)),
+                                     uint32(matrix >> 2 if kind != LM_HEAD else 0), barriers,
+                                     stage)
                 k += 64
                 stage, parity = next_stage(stage, parity, stages)
             item += cuda.gridDim.x
@@ -3946,44 +4031,104 @@ def stream_weights(ring, first, stages, barriers, plan, maps, num_matrices, D, K
 
 
 @cuda.jit(device=True)
-def stream_tokens(ring, first, x_stages, x_stage_words, x_steps, barriers, plan, maps, num_matrices,
-                  arrivals, G, splits, B):
-    """The thread that fills the second ring: for each item the elements of all tokens along its K,
-    x_steps steps with one copy, once the meeting has been that says they are there."""
-    item, x_stage, parity = cuda.blockIdx.x, 0, uint32(1)
+def copy_normed(ring, at, source, steps, step_words):
+    """A warp copies some steps of the one token, from ring[source] on, to a stage of the tokens'
+    ring. What lies in the stage's other rows meets nobody: each is a column of the product."""
+    words = cuda.local.array(4, uint32)
+    for piece in range(cuda.threadIdx.x % WARP, steps * 8, WARP):
+        load_shared(words, 0, ring, source + piece * 4)
+        store_shared(ring, at + piece // 8 * step_words + piece % 8 * 4, words, 0)
+
+
+@cuda.jit(device=True)
+def await_letter(mail, i, stamp):
+    """Asks for one letter until it has come, before all that are due are asked for: so many
+    questions at once would stand in their way."""
+    _, sent = receive(mail, i)
+    while sent != stamp:
+        _, sent = receive(mail, i)
+
+
+@cuda.jit(device=True)
+def copy_mailed(ring, at, mail, source, steps, step_words, stamp):
+    """The same from its letters, mail[source:], as they come."""
+    words = cuda.local.array(4, uint32)
+    if cuda.threadIdx.x % WARP == 0:
+        await_letter(mail, source, stamp)
+    meet_warp()
+    for piece in range(cuda.threadIdx.x % WARP, steps * 8, WARP):
+        missing = True
+        while missing:
+            missing = False
+            for n in range(4):
+                words[n], sent = receive(mail, source + piece * 4 + n)
+                missing |= sent != stamp
+        store_shared(ring, at + piece // 8 * step_words + piece % 8 * 4, words, 0)
+
+
+@cuda.jit(device=True)
+def stream_tokens(ring, first, x_stages, x_steps, step_words, barriers, plan, maps, num_matrices,
+                  arrivals, mail, o_mail, G, splits, B, C):
+    """The warp that fills the second ring: for each item the elements of all tokens along its K,
+    x_steps steps at once. They come with the copy engine, once the meeting has been that says they
+    are there. One token comes out of shared memory, where this thread block's consumers normed it,
+    or by mail."""
+    lane, item, x_stage, parity = cuda.threadIdx.x % WARP, cuda.blockIdx.x, 0, uint32(1)
+    x_stage_words, num_splits = x_steps * step_words, int64(load_word(splits, B))
+    alone = step_words == DECODE_TOKENS[0] * 32 and B == 1
+    launches = load_word(arrivals, arrivals.shape[0] - 1)
     for matrix in range(num_matrices):
-        kind, meeting = kind_of(matrix, num_matrices), (matrix >> 2) * MEETINGS
-        parts, steps = plan[kind, PARTS], plan[kind, STEPS]
-        source = H_MAP
+        kind, layer = kind_of(matrix, num_matrices), matrix >> 2
+        parts, steps, meeting = plan[kind, PARTS], plan[kind, STEPS], layer * MEETINGS
+        source, normed_here, mailed = H_MAP, alone, False
         if kind == O:
-            source, meeting = O_MAP, meeting + ATTENDED
-            items = int64(load_word(splits, B)) * G            # of attention
+            source, normed_here, mailed = O_MAP, False, alone and num_splits == 1
+            meeting += ATTENDED
+            items = num_splits * G                             # of attention
             while item < items:
                 item += cuda.gridDim.x
             item -= items
         elif kind == GATE_UP:
             meeting += NORMED_AGAIN
         elif kind == DOWN:
-            source, meeting = ACT_MAP, meeting + ACTIVATED
-        if item < plan[kind, ITEMS]:       # or nobody here waits, and the counts may be set back
-            await_all(arrivals, meeting)
-            fence_copies()
+            source, normed_here, meeting = ACT_MAP, False, meeting + ACTIVATED
+        if normed_here:
+            meet(2, CONSUMERS + WARP)
+        elif item < plan[kind, ITEMS] and not mailed:
+            # else nobody here waits, and the counts may be set back
+            if lane == 0:
+                await_all(arrivals, meeting)
+                fence_copies()
+            meet_warp()
         while item < plan[kind, ITEMS]:
             tile, part = tile_and_part(item, parts)
             for step in range(0, steps, x_steps):
+                at, k = first + x_stage * x_stage_words, part * steps + step
                 await_barrier(barriers, X_EMPTY + x_stage, parity)
-                barrier_expect(barriers, X_FULL + x_stage, uint32(x_stage_words * 4))
-                copy_box_3d(ring, first + x_stage * x_stage_words, maps, source * 16, uint32(0),
-                            uint32(0), uint32(part * steps + step), barriers,
-                            X_FULL + x_stage)
+                meet_warp()                # else a lane a whole ring behind waits for a past phase
+                if normed_here or mailed:
+                    if mailed:
+                        copy_mailed(ring, at, mail, o_mail + k * 32, min(x_steps, steps - step),
+                                    step_words, stamp_of(launches, num_matrices, layer))
+                    else:
+                        copy_normed(ring, at, C // 2 + k * 32, min(x_steps, steps - step),
+                                    step_words)
+                    fence_shared()         # before tensor cores read it
+                    meet_warp()
+                    if lane == 0:
+                        barrier_arrive(barriers, X_FULL + x_stage)
+                elif lane == 0:
+                    barrier_expect(barriers, X_FULL + x_stage, uint32(x_stage_words * 4))
+                    copy_box_3d(ring, at, maps, source * 16, uint32(0), uint32(0), uint32(k),
+                                barriers, X_FULL + x_stage)
                 x_stage, parity = next_stage(x_stage, parity, x_stages)
             item += cuda.gridDim.x
         item -= plan[kind, ITEMS]
 
 
-def make_attend_stages(D):
-    """Decode attention out of the ring: the device function for one head_dim."""
-    add_scores, store_sums, join_warps = make_attention_sums(D, IN_ORDER=True)
+def make_attend_stages(D, N):
+    """Decode attention out of the ring: the device function for one head_dim and up to N tokens."""
+    add_scores, store_sums, joined, join_warps = make_attention_sums(D, IN_ORDER=True)
     KEYS = keys_of_stage(D)
     TILES, CHUNKS = KEYS // 16, D // 8                 # of a stage; 16-byte pieces of a token
     Q_WORDS, OUTS = D // 16 * 4, D // 8 * 4            # registers of queries and of sums
@@ -4008,6 +4153,19 @@ def make_attend_stages(D):
                 q[i // 2 * 4 + i % 2 * 2 + half] = uint32(0)
                 if r < R:
                     q[i // 2 * 4 + i % 2 * 2 + half] = load_word(qkv, at + i * 8)
+
+    @cuda.jit(device=True)
+    def load_group(q, fresh, ring, at, R):
+        """Queries, and this step's key and value, as rotate_group has left them."""
+        lane = cuda.threadIdx.x % WARP
+        for half in range(2):
+            r = lane // 4 + half * 8
+            for i in range(CHUNKS):
+                word = ring[at + min(r, R) * (D // 2) + lane % 4 + i * 4]
+                q[i // 2 * 4 + i % 2 * 2 + half] = word if r < R else uint32(0)
+        for i in range(FRESH):
+            load_shared(fresh, i * 4, ring, at + R * (D // 2) + min(lane + i * WARP, 2 * CHUNKS - 1)
+                        * 4)
 
     @cuda.jit(device=True)
     def load_fresh(fresh, k_cache, v_cache, slot, g):
@@ -4075,6 +4233,16 @@ def make_attend_stages(D):
             mma(acc, step * 8 + 4, p, 0, values, step % 4 * 4 + 2, like)
 
     @cuda.jit(device=True)
+    def mail_heads(mail, o_mail, stamp, sums, base, g, R, like):
+        """The attention of the one token's KV head g, two channels in a letter."""
+        for i in range(cuda.threadIdx.x, R * D, CONSUMERS):
+            o, _, l = joined(sums, base, i // D, i % D, R)
+            value = o / l
+            next_value = shuffle_xor(value, 1)
+            if i % 2 == 0:
+                send(mail, o_mail + (g * R * D + i) // 2, pack(value, next_value, like), stamp)
+
+    @cuda.jit(device=True)
     def open_item(item, turn, b, key, S, G):
         """Request, first key, length, split and KV head of an item, from the lane that has it."""
         turn, j = uint32(turn), int64(divide(uint32(item), uint32(G)))
@@ -4083,12 +4251,13 @@ def make_attend_stages(D):
 
     @cuda.jit(device=True)
     def attend_stages(out, partial, sums, ring, first, stage, stages, parity, barriers, item,
-                      lane_b, lane_key, lane_S, qkv, k_cache, v_cache, slots, rows, seq_lens,
-                      splits):
+                      lane_b, lane_key, lane_S, lane_slot, grouped, group_words, mail, o_mail,
+                      stamp, qkv, k_cache, v_cache, slots, rows, seq_lens, items, splits):
         """Attention of this thread block's items, whose contexts stream_context brings: request,
         first key and length of the next 32, one in each lane, as there. All warps work on an item,
         a warp on every DECODE_WARPS-th tile of 16 keys; each warp waits for each stage and gives
-        it back, for the ring has one order."""
+        it back, for the ring has one order. grouped: what its only item needs lies at
+        group_words."""
         q = cuda.local.array(Q_WORDS, uint32)
         fresh = cuda.local.array(FRESH_WORDS, uint32)
         keys = cuda.local.array(16, uint32)
@@ -4101,10 +4270,11 @@ def make_attend_stages(D):
         lane, warp, stride = cuda.threadIdx.x % WARP, cuda.threadIdx.x // WARP, cuda.gridDim.x
         scale, G, H = LOG2E / math.sqrt(float32(D)), k_cache.shape[2], out.shape[1]
         R, box, turn = int64(divide(uint32(H), uint32(G))), min(k_cache.shape[1], KEYS), 0
-        items = int64(load_word(splits, seq_lens.shape[0])) * G
-        lane_slot, base = load_word(slots, lane_b), int64(0)
+        base = int64(0)
         b, k, S, j, g = open_item(item, turn, lane_b, lane_key, lane_S, G)
-        if item < items:
+        if N <= MAIL_TOKENS and grouped and item < items:
+            load_group(q, fresh, ring, group_words, R)
+        elif item < items:
             load_queries(q, qkv, b, g, R, G)
             load_fresh(fresh, k_cache, v_cache, int64(shuffle(lane_slot, uint32(turn))), g)
         while item < items:
@@ -4142,8 +4312,11 @@ def make_attend_stages(D):
                 load_queries(q, qkv, b, g, R, G)
                 load_fresh(fresh, k_cache, v_cache, int64(shuffle(lane_slot, uint32(turn))), g)
             store_sums(sums, base, acc, m, l, R, scale)
-            meet(CONSUMERS)                # else a warp's sums are read before they are written
-            join_warps(out, partial, sums, base, done, done_g, done_j, R, only)
+            meet(1, CONSUMERS)             # else a warp's sums are read before they are written
+            if N == DECODE_TOKENS[0] and items == G:
+                mail_heads(mail, o_mail, stamp, sums, base, done_g, R, out)
+            else:
+                join_warps(out, partial, sums, base, done, done_g, done_j, R, only)
             # sums have two places: before this one is used again, all have met for the next item
             base = DECODE_WARPS * R * (D + 2) - base
         return item - items, stage, parity
@@ -4162,34 +4335,49 @@ def x_stage_words_of(N):
 
 def make_forward_decode(D, N):
     """The kernel for one head_dim and up to N tokens."""
-    attend_stages, wgmma = make_attend_stages(D), WGMMA[min(N, 128)].add
+    attend_stages, wgmma = make_attend_stages(D, N), WGMMA[min(N, 128)].add
     wgmma_wait = WGMMA[min(N, 128)].wait
     KEYS, ACCUMULATORS = keys_of_stage(D), min(N, 128) // 2
     X_STEPS, X_STAGE_WORDS = x_steps_of(N), x_stage_words_of(N)
-    NORM_TERMS, HEAD_TERMS = MAX_PARTS * 8, MAX_PARTS * 4
+    NORM_TERMS, HEAD_TERMS, SLOW = MAX_PARTS * 8, MAX_PARTS * 4, 1 if N <= MAIL_TOKENS else 2
 
     @cuda.jit(device=True)
-    def norm_tokens(shared_words, h, x, parts, num_parts, embed, tokens, norms, n, eps):
+    def norm_tokens(shared_words, h, x, parts, num_parts, place, embed, tokens, norms, n, eps,
+                    alone):
         """x += the matmul that was left in parts, or x = the embedding; h = rmsnorm(x) * norms[n].
         A thread block takes every gridDim.x-th token, a thread 8 channels at once. shared_words
-        holds the token, C/2 words, then the gains; each thread reads only what it wrote."""
+        holds the gains, C/2 words, then a token; each thread reads only what it wrote.
+
+        A token that is alone all thread blocks norm, each for itself: that takes less time than to
+        hear of another's work. It stays in shared memory, and nobody needs h: x and h take turns as
+        the sum before and the sum after, for others may still read the one while the other is
+        written."""
         words = cuda.local.array(4, uint32)
         gains = cuda.local.array(4, uint32)
         terms = cuda.local.array(NORM_TERMS, float32)
-        B, C = x.shape
-        for b in range(cuda.blockIdx.x, B, cuda.gridDim.x):
+        (B, C), first_b, old, new = x.shape, cuda.blockIdx.x, x, x
+        if alone:
+            first_b = 0
+            if n & 1:
+                new = h
+            else:
+                old = h
+        else:
+            place = 0
+        for b in range(first_b, B, cuda.gridDim.x):
             squares = ZERO
             for c in range(cuda.threadIdx.x * 8, C, CONSUMERS * 8):
                 load_16_bytes(gains, 0, norms, n * C + c)
-                store_shared(shared_words, (C + c) // 2, gains, 0)
+                store_shared(shared_words, c // 2, gains, 0)
                 if n == 0:
                     load_16_bytes(words, 0, embed, int64(load_word(tokens, b)) * C + c)
                 else:
-                    load_16_bytes(words, 0, x, b * C + c)
+                    load_16_bytes(words, 0, old, b * C + c)
                     for p in range(MAX_PARTS):
                         if p < num_parts:
-                            load_4_floats(terms, p * 8, parts, (p * B + b) * C + c)
-                            load_4_floats(terms, p * 8 + 4, parts, (p * B + b) * C + c + 4)
+                            at = place + (p * B + b) * C + c
+                            load_4_floats(terms, p * 8, parts, at)
+                            load_4_floats(terms, p * 8 + 4, parts, at + 4)
                     for p in range(1, MAX_PARTS):
                         if p < num_parts:
                             for i in range(8):
@@ -4202,21 +4390,43 @@ def make_forward_decode(D, N):
                 for i in range(4):
                     low, high = low_element(words[i], x), high_element(words[i], x)
                     squares += low * low + high * high
-                store_16_bytes(x, b * C + c, words, 0)
-                store_shared(shared_words, c // 2, words, 0)
+                if cuda.blockIdx.x == 0 or not alone:
+                    store_16_bytes(new, b * C + c, words, 0)
+                store_shared(shared_words, (C + c) // 2, words, 0)
             scale = inverse_sqrt(block_sum(squares, CONSUMERS) / float32(C) + eps)
             for c in range(cuda.threadIdx.x * 8, C, CONSUMERS * 8):
-                load_shared(words, 0, shared_words, c // 2)
-                load_shared(gains, 0, shared_words, (C + c) // 2)
+                load_shared(words, 0, shared_words, (C + c) // 2)
+                load_shared(gains, 0, shared_words, c // 2)
                 for i in range(4):
                     normed = pack(low_element(words[i], x) * scale,
                                   high_element(words[i], x) * scale, x)
                     words[i] = pack(low_element(normed, x) * low_element(gains[i], x),
                                     high_element(normed, x) * high_element(gains[i], x), x)
-                store_16_bytes(h, b * C + c, words, 0)
+                if alone:
+                    store_shared(shared_words, (C + c) // 2, words, 0)
+                else:
+                    store_16_bytes(h, b * C + c, words, 0)
 
     @cuda.jit(device=True)
-    def rotate_heads(qkv, k_cache, v_cache, parts, num_parts, cos, sin, positions, slots):
+    def rotate(terms, num_parts, turns, cos, sin, position, i, rotated, like):
+        """Channels i, i+1 and those D/2 behind them of a head, a word each, from their parts."""
+        load_2_floats(turns, 0, cos, position * (D // 2) + i)
+        load_2_floats(turns, 2, sin, position * (D // 2) + i)
+        for p in range(1, MAX_PARTS):
+            if p < num_parts:
+                for n in range(4):
+                    terms[n] += terms[p * 4 + n]
+        # subtle: an element before it is rotated, as in every rung
+        one, two = pack(terms[0], terms[1], like), pack(terms[2], terms[3], like)
+        if rotated:
+            low, low_1 = low_element(one, like), high_element(one, like)
+            high, high_1 = low_element(two, like), high_element(two, like)
+            one = pack(low * turns[0] - high * turns[2], low_1 * turns[1] - high_1 * turns[3], like)
+            two = pack(high * turns[0] + low * turns[2], high_1 * turns[1] + low_1 * turns[3], like)
+        return one, two
+
+    @cuda.jit(device=True)
+    def rotate_all(qkv, k_cache, v_cache, parts, num_parts, cos, sin, positions, slots):
         """The heads of q, k and v from parts: q and k rotated; q to qkv, k and v to their blocks. A
         thread takes two channels of each half of a head."""
         terms = cuda.local.array(HEAD_TERMS, float32)
@@ -4227,27 +4437,13 @@ def make_forward_decode(D, N):
             item = int64(divide(uint32(unit), uint32(D // 4)))
             b, i = int64(divide(uint32(item), uint32(heads))), (unit - item * (D // 4)) * 2
             head, slot = item - b * heads, int64(load_word(slots, b)) * G
-            position = int64(load_word(positions, b)) * (D // 2)
             for p in range(MAX_PARTS):
                 if p < num_parts:
                     at = (p * B * heads + item) * D + i
                     load_2_floats(terms, p * 4, parts, at)
                     load_2_floats(terms, p * 4 + 2, parts, at + D // 2)
-            load_2_floats(turns, 0, cos, position + i)
-            load_2_floats(turns, 2, sin, position + i)
-            for p in range(1, MAX_PARTS):
-                if p < num_parts:
-                    for n in range(4):
-                        terms[n] += terms[p * 4 + n]
-            # subtle: an element before it is rotated, as in every rung
-            one, two = pack(terms[0], terms[1], qkv), pack(terms[2], terms[3], qkv)
-            if head < heads - G:
-                low, low_1 = low_element(one, qkv), high_element(one, qkv)
-                high, high_1 = low_element(two, qkv), high_element(two, qkv)
-                one = pack(low * turns[0] - high * turns[2], low_1 * turns[1] - high_1 * turns[3],
-                           qkv)
-                two = pack(high * turns[0] + low * turns[2], high_1 * turns[1] + low_1 * turns[3],
-                           qkv)
+            one, two = rotate(terms, num_parts, turns, cos, sin, int64(load_word(positions, b)), i,
+                              head < heads - G, qkv)
             if head < heads - 2 * G:
                 store_word(qkv, item * D + i, one)
                 store_word(qkv, item * D + D // 2 + i, two)
@@ -4261,10 +4457,44 @@ def make_forward_decode(D, N):
                 store_word(v_cache, at + D // 2, two)
 
     @cuda.jit(device=True)
-    def store_tile(acc, first_token, kind, tile, part, num_rows, B, parts, act, logits):
+    def rotate_group(ring, at, qkv, k_cache, v_cache, mail, stamp, num_parts, cos, sin, b, slot,
+                     position, g):
+        """KV head g of a request as its parts come by mail: ring[at:] as (R+2, D) has the query
+        heads that share it, its key and its value; these two go to their block, too."""
+        terms = cuda.local.array(HEAD_TERMS, float32)
+        turns = cuda.local.array(4, float32)
+        B, heads, G = qkv.shape[0], qkv.shape[1], k_cache.shape[2]
+        R, place = int64(divide(uint32(heads - 2 * G), uint32(G))), (slot * G + g) * D
+        for unit in range(cuda.threadIdx.x, (R + 2) * (D // 4), CONSUMERS):
+            n, i = unit // (D // 4), unit % (D // 4) * 2
+            head, missing = g * R + n if n < R else n * G + g, True
+            letter = (b * heads + head) * D + i                # in part 0
+            await_letter(mail, letter, stamp)
+            while missing:
+                missing = False
+                for p in range(MAX_PARTS):
+                    if p < num_parts:
+                        for c in range(4):
+                            word, sent = receive(mail, letter + p * B * heads * D
+                                                 + c // 2 * (D // 2) + c % 2)
+                            terms[p * 4 + c] = float_of(word)
+                            missing |= sent != stamp
+            one, two = rotate(terms, num_parts, turns, cos, sin, position, i, n <= R, qkv)
+            ring[at + (n * D + i) // 2] = one
+            ring[at + (n * D + D // 2 + i) // 2] = two
+            if n == R:
+                store_word(k_cache, place + i, one)
+                store_word(k_cache, place + D // 2 + i, two)
+            elif n > R:
+                store_word(v_cache, place + i, one)
+                store_word(v_cache, place + D // 2 + i, two)
+
+    @cuda.jit(device=True)
+    def store_tile(acc, first_token, kind, tile, part, num_rows, B, parts, act, logits, mailed,
+                   place, mail, stamp):
         """Sums of a tile to where the next operation reads them: parts, act and logits are flat, of
-        shapes (parts, B, num_rows), (B, num_rows / 2) and (B, num_rows). A thread holds two rows
-        that are 8 apart, in a tile of gate and up rows a gate and its up."""
+        shapes (parts, B, num_rows), (B, num_rows / 2) and (B, num_rows); or by mail, as parts. A
+        thread holds two rows that are 8 apart, in a tile of gate and up rows a gate and its up."""
         lane, warp, b = cuda.threadIdx.x % WARP, cuda.threadIdx.x // WARP, first_token
         if kind == GATE_UP:
             # lanes 4 apart hold neighbouring channels: one of them takes both for one token, the
@@ -4291,40 +4521,69 @@ def make_forward_decode(D, N):
             out, at, stride = parts, (part * B + b) * num_rows + row, 8 * num_rows
             if kind == LM_HEAD:
                 out = logits
+            elif B == 1 and not mailed:
+                at += place
             for n in range(ACCUMULATORS // 4):
                 for i in range(2):
-                    if b + i < B and row < num_rows:
-                        store_float(out, at + i * num_rows, acc[n * 4 + i])
-                        store_float(out, at + i * num_rows + 8, acc[n * 4 + 2 + i])
+                    here = at + i * num_rows
+                    if b + i < B and row < num_rows and mailed:
+                        send(mail, here, float_bits(acc[n * 4 + i]), stamp)
+                        send(mail, here + 8, float_bits(acc[n * 4 + 2 + i]), stamp)
+                    elif b + i < B and row < num_rows:
+                        store_float(out, here, acc[n * 4 + i])
+                        store_float(out, here + 8, acc[n * 4 + 2 + i])
                 b += 8
                 at += stride
 
     @cuda.jit(device=True)
-    def consume(ring, sums, first, stages, num_x_stages, barriers, plan, acc, acc_far, flat_logits,
-                x, h, qkv, o, flat_act, kv_cache, parts, partial, arrivals, tokens, positions,
-                slots, rows, seq_lens, splits, cos, sin, embed, norms, eps):
+    def consume(ring, sums, first, stages, num_x_stages, barriers, plan, pace, acc, acc_far,
+                flat_logits, x, h, qkv, o, flat_act, kv_cache, parts, partial, mail, o_mail,
+                arrivals, tokens, positions, slots, rows, seq_lens, splits, cos, sin, embed, norms,
+                eps):
         """What the consumers do: all operations, between meetings of all thread blocks."""
-        lane, warp = cuda.threadIdx.x % WARP, cuda.threadIdx.x // WARP
+        tid = cuda.threadIdx.x
+        lane, warp = tid % WARP, tid // WARP
         B, H, G, num_matrices = x.shape[0], o.shape[1], kv_cache.shape[4], kv_cache.shape[1] * 4 + 1
         a_rows = first + warp // 4 * 64 * 32               # of this warpgroup, in stage 0
         first_x_stage, used_stage, used_x_stage = first + stages * STAGE_WORDS, 0, 0
+        group_words = DECODE_WARPS * int64(divide(uint32(H), uint32(G))) * (D + 2)   # the second
         item, stage, parity, x_stage, x_parity = cuda.blockIdx.x, 0, uint32(0), 0, uint32(0)
+        num_splits = int64(load_word(splits, B))
+        items = num_splits * G                                 # of attention
+        # one of them for a thread block at most, which then gets queries, key and value by mail
+        mailed = N <= MAIL_TOKENS and items <= cuda.gridDim.x
+        alone = N == DECODE_TOKENS[0] and B == 1
+        launches = load_word(arrivals, arrivals.shape[0] - 1)
         for matrix in range(num_matrices):
             kind, layer = kind_of(matrix, num_matrices), matrix >> 2
-            meeting = layer * MEETINGS
+            meeting, stamp = layer * MEETINGS, stamp_of(launches, num_matrices, layer)
             if kind == O:
-                gather(arrivals, meeting + QKV_MADE)
                 k_cache, v_cache = kv_cache[0, layer], kv_cache[1, layer]
-                rotate_heads(qkv, k_cache, v_cache, parts, plan[QKV, PARTS], cos, sin, positions,
-                             slots)
-                arrive(arrivals, meeting + ROTATED)
                 lane_b, _, lane_key, lane_S = locate(item + lane * cuda.gridDim.x, G, seq_lens,
                                                      splits, rows, SPLIT)
-                gather(arrivals, meeting + ROTATED)
+                lane_slot = load_word(slots, lane_b)
+                lane_position = load_word(positions, lane_b)
+                if mailed:
+                    # splits of one context write the same key to the same place
+                    if item < items:
+                        rotate_group(ring, group_words, qkv, k_cache, v_cache, mail, stamp,
+                                     plan[QKV, PARTS], cos, sin,
+                                     int64(shuffle(uint32(lane_b), uint32(0))),
+                                     int64(shuffle(lane_slot, uint32(0))),
+                                     int64(shuffle(lane_position, uint32(0))),
+                                     item - int64(divide(uint32(item), uint32(G))) * G)
+                    meet(1, CONSUMERS)     # else a warp reads what another has not yet written
+                else:
+                    gather(arrivals, meeting + QKV_MADE)
+                    rotate_all(qkv, k_cache, v_cache, parts, plan[QKV, PARTS], cos, sin, positions,
+                               slots)
+                    arrive(arrivals, meeting + ROTATED)
+                    gather(arrivals, meeting + ROTATED)
                 item, stage, parity = attend_stages(
                     o, partial, sums, ring, first, stage, stages, parity, barriers, item, lane_b,
-                    lane_key, lane_S, qkv, k_cache, v_cache, slots, rows, seq_lens, splits)
-                if splits[B] > B:          # some context has several splits
+                    lane_key, lane_S, lane_slot, mailed, group_words, mail, o_mail, stamp, qkv,
+                    k_cache, v_cache, slots, rows, seq_lens, items, splits)
+                if num_splits > B:         # some context has several splits
                     arrive(arrivals, meeting + SPLITS_ATTENDED)
                     gather(arrivals, meeting + SPLITS_ATTENDED)
                     for pair in range(warp * cuda.gridDim.x + cuda.blockIdx.x, B * H,
@@ -4332,7 +4591,8 @@ def make_forward_decode(D, N):
                         b = int64(divide(uint32(pair), uint32(H)))
                         if splits[b + 1] - splits[b] > 1:
                             merge_head(o, partial, splits, b, pair - b * H, lane, WARP)
-                arrive(arrivals, meeting + ATTENDED)
+                if not alone or num_splits > 1:                # else it went by mail
+                    arrive(arrivals, meeting + ATTENDED)
                 made = meeting + O_MADE
             elif kind == DOWN:
                 made = meeting + DOWN_MADE
@@ -4344,10 +4604,16 @@ def make_forward_decode(D, N):
                     gather(arrivals, normed - 1)
                 # in the words of the sums, which nobody needs now; matrices 0 and 2 of a layer
                 # have a norm before them
-                norm_tokens(ring, h, x, parts, plan[before, PARTS], embed, tokens, norms,
-                            (matrix + 1) >> 1, eps)
-                arrive(arrivals, normed)
+                norm_tokens(ring, h, x, parts, plan[before, PARTS], plan[before, PLACE], embed,
+                            tokens, norms, (matrix + 1) >> 1, eps, alone)
+                if alone:
+                    meet(2, CONSUMERS + WARP)                  # with who copies it to the ring
+                else:
+                    arrive(arrivals, normed)
+            by_mail = mailed and kind == QKV
             steps = plan[kind, STEPS]
+            if tid == 0:
+                pace[0] = FAST if kind >= GATE_UP else SLOW
             while item < plan[kind, ITEMS]:
                 for i in range(ACCUMULATORS):
                     acc[i], acc_far[i] = ZERO, ZERO
@@ -4376,19 +4642,21 @@ def make_forward_decode(D, N):
                     barrier_arrive(barriers, X_EMPTY + used_x_stage)
                 tile, part = tile_and_part(item, plan[kind, PARTS])
                 store_tile(acc, 0, kind, tile, part, plan[kind, ROWS], B, parts, flat_act,
-                           flat_logits)
+                           flat_logits, by_mail, plan[kind, PLACE], mail, stamp)
                 if N > 128:
                     store_tile(acc_far, 128, kind, tile, part, plan[kind, ROWS], B, parts, flat_act,
-                               flat_logits)
+                               flat_logits, by_mail, plan[kind, PLACE], mail, stamp)
                 item += cuda.gridDim.x
             item -= plan[kind, ITEMS]
-            if matrix + 1 < num_matrices:
+            if tid == 0 and kind == DOWN:
+                pace[0] = SLOW
+            if matrix + 1 < num_matrices and not by_mail:
                 arrive(arrivals, made)
 
     @cuda.jit(cache=True, **THREE_WARPGROUPS)
-    def forward_decode_kernel(flat_logits, x, h, qkv, o, flat_act, kv_cache, parts, partial,
+    def forward_decode_kernel(flat_logits, x, h, qkv, o, flat_act, kv_cache, parts, partial, mail,
                               arrivals, tokens, positions, slots, rows, seq_lens, splits,
-                              block_tables, cos, sin, embed, norms, plan, maps, stages,
+                              block_tables, cos, sin, embed, norms, whole_plan, maps, stages,
                               num_x_stages, sum_words, eps):
         """logits of one token for each request: embedding, all layers, norm and lm_head
 
@@ -4399,13 +4667,15 @@ def make_forward_decode(D, N):
         kv_cache   (2, L, blocks, P, G, D)    as x       a slot for each token written, context read
         parts            (parts_size,)        f32        workspace: parts of a matmul's sums
         partial          (J, H, D+2)          f32        workspace of contexts of several splits
-        arrivals         (9L+2,)              u32        0 before and after: thread blocks that came
-                                                         to each meeting, and that left
+        mail             (mail_size,)         u64        workspace: words and stamps, see send
+        arrivals         (9L+3,)              u32        0 before and after: thread blocks that came
+                                                         to each meeting, and that left; last how
+                                                         often this kernel has run
         tokens, positions, slots, rows, seq_lens (B,), splits (B+1+J,), block_tables   i32   read
         cos, sin         (positions, D/2)     f32        read
         embed            (V, C)               as x       B rows read
         norms            (2L+1, C)            as x       read
-        plan, maps       (5, 4) i32, (9, 16) u64         read: see decode_plan, decode_tables
+        whole_plan, maps (5, 5) i32, (9, 16) u64         read: see decode_plan, decode_tables
         launch grid of one thread block for each multiprocessor, all there at once; thread block of
                CONSUMERS threads and a warpgroup, two warps of which work
         shared sum_words, then up to 1 KB to align, `stages` of STAGE_WORDS and
@@ -4417,8 +4687,11 @@ def make_forward_decode(D, N):
         sums = cuda.shared.array(0, float32)
         ring = cuda.shared.array(0, uint32)
         barriers = cuda.shared.array(NUM_BARRIERS, uint64)
+        plan = cuda.shared.array((5, 5), int32)    # here, for each meeting empties the L1 cache
+        pace = cuda.shared.array(1, uint32)
         acc = cuda.local.array(ACCUMULATORS, float32)
         acc_far = cuda.local.array(ACCUMULATORS, float32)  # of tokens from 128 on
+        o_mail = mail.shape[0] - o.shape[1] * (D // 2)
         tid, num_matrices = cuda.threadIdx.x, kv_cache.shape[1] * 4 + 1
         first = first_of_ring(ring, sum_words)
         if tid == 0:
@@ -4429,30 +4702,36 @@ def make_forward_decode(D, N):
                 barrier_init(barriers, X_FULL + x_stage, uint32(1))
                 barrier_init(barriers, X_EMPTY + x_stage, uint32(DECODE_WARPS))
             barriers_ready()
+            pace[0] = FAST
+        if tid < 25:
+            plan[tid // 5, tid % 5] = whole_plan[tid // 5, tid % 5]
         cuda.syncthreads()                 # else a thread uses a barrier that is not there yet
         start_next_kernel()
         if tid < CONSUMERS:
             many_registers()
             wait_for_inputs()
-            consume(ring, sums, first, stages, num_x_stages, barriers, plan, acc, acc_far,
-                    flat_logits, x, h, qkv, o, flat_act, kv_cache, parts, partial, arrivals, tokens,
-                    positions, slots, rows, seq_lens, splits, cos, sin, embed, norms, eps)
+            consume(ring, sums, first, stages, num_x_stages, barriers, plan, pace, acc, acc_far,
+                    flat_logits, x, h, qkv, o, flat_act, kv_cache, parts, partial, mail, o_mail,
+                    arrivals, tokens, positions, slots, rows, seq_lens, splits, cos, sin, embed,
+                    norms, eps)
             # who leaves last, when nobody can be waiting any more, sets all counts back
-            last = arrivals.shape[0] - 1
+            last = arrivals.shape[0] - 2
             if tid == 0 and add_acquire(arrivals, last, uint32(1)) == uint32(cuda.gridDim.x - 1):
-                for i in range(arrivals.shape[0]):
+                for i in range(last + 1):
                     arrivals[i] = 0
+                arrivals[last + 1] += uint32(1)
         else:
             few_registers()
             if tid < CONSUMERS + WARP:     # weights were there before all other kernels
-                stream_weights(ring, first, stages, barriers, plan, maps, num_matrices, D, KEYS,
-                               kv_cache.shape[4], kv_cache.shape[3], block_tables, rows, seq_lens,
-                               splits)
-            elif tid == CONSUMERS + WARP:
+                stream_weights(ring, first, stages, barriers, plan, pace, maps, num_matrices, D,
+                               KEYS, kv_cache.shape[4], kv_cache.shape[3], block_tables, rows,
+                               seq_lens, splits)
+            elif tid < CONSUMERS + 2 * WARP:
                 wait_for_inputs()
-                stream_tokens(ring, first + stages * STAGE_WORDS, num_x_stages, X_STAGE_WORDS,
-                              X_STEPS, barriers, plan, maps, num_matrices, arrivals,
-                              kv_cache.shape[4], splits, x.shape[0])
+                stream_tokens(ring, first + stages * STAGE_WORDS, num_x_stages, X_STEPS, N * 32,
+                              barriers, plan, maps, num_matrices, arrivals, mail, o_mail,
+                              kv_cache.shape[4],
+                              splits, x.shape[0], x.shape[1])
     return forward_decode_kernel
 
 
@@ -4488,7 +4767,7 @@ def decode_tables(h, o, act, kv_cache, matrices, shape, N):
     return DECODE_TABLES[key]
 
 
-def forward_decode(logits, x, h, qkv, o, act, kv_cache, parts, partial, arrivals, tokens,
+def forward_decode(logits, x, h, qkv, o, act, kv_cache, parts, partial, mail, arrivals, tokens,
                    positions, slots, rows, seq_lens, splits, block_tables, cos, sin, embed, norms,
                    matrices, eps, stream=0):
     (B, V), C, (H, D), F = logits.shape, x.shape[1], o.shape[1:], act.shape[1]
@@ -4501,7 +4780,8 @@ def forward_decode(logits, x, h, qkv, o, act, kv_cache, parts, partial, arrivals
     assert norms.shape == (2 * L + 1, C), norms.shape
     assert embed.shape == (V, C) and len(matrices) == L * layer_size(H, G, D, C, F) + V * C
     assert parts.size >= parts_size(B, H, G, D, C, F) and partial.shape[1:] == (H, D + 2)
-    assert len(arrivals) == MEETINGS * L + 2, (arrivals.shape, L)
+    assert len(mail) == mail_size(H, G, D, C), mail.shape
+    assert len(arrivals) == MEETINGS * L + 3, (arrivals.shape, L)
     N = min(N for N in DECODE_TOKENS if N >= B)
     plan, maps = decode_tables(h, o, act, kv_cache, matrices, (H, G, D, C, F, V, L), N)
     sum_words = sum_words_of(H, G, D, C)
@@ -4512,13 +4792,13 @@ def forward_decode(logits, x, h, qkv, o, act, kv_cache, parts, partial, arrivals
     threads = CONSUMERS + (2 if SIMULATOR else 4) * WARP       # a warpgroup has no half
     launch(FORWARD_DECODE[D, N], num_multiprocessors(), threads, stream, PERSISTENT_SHARED,
            logits.reshape(B * V), x, h, qkv, o, act.reshape(B * F), kv_cache, parts, partial,
-           arrivals, tokens, positions, slots, rows, seq_lens, splits, block_tables, cos, sin,
+           mail, arrivals, tokens, positions, slots, rows, seq_lens, splits, block_tables, cos, sin,
            embed, norms, plan, maps, np.int32(stages), np.int32(num_x_stages), np.int32(sum_words),
            np.float32(eps))
 
 
 def sum_words_of(H, G, D, C):
-    """Shared words for the sums of attention, and for a token and its gains in a norm."""
+    """Shared words for the sums of attention, and for gains and a token in a norm."""
     return max(2 * DECODE_WARPS * (H // G) * (D + 2), C)
 
 
@@ -4694,10 +4974,15 @@ def forward_decode_example(rng, elements, L, H, G, D, C, F, V, P, contexts):
     slots = tables[rows, positions // P] * P + positions % P
     angles = rng.uniform(0, 7, (max(contexts), D // 2)).astype(np.float32)
     matrices = lively(rng, L * layer_size(H, G, D, C, F) + V * C) / np.float32(40 * math.sqrt(C))
+    # this is the eighth step; the letters that are there, NaN, are of the first and the seventh
+    arrivals, letters = np.zeros(MEETINGS * L + 3, np.uint32), mail_size(H, G, D, C)
+    arrivals[-1] = 7
+    stamps = rng.choice([0, 6], letters) * (4 * L + 1) + rng.integers(1, L + 2, letters)
+    mail = stamps.astype(np.uint64) << np.uint64(32) | np.uint64(0x7fff7fff)
     return [unwritten(B, V), elements(unwritten(B, C)), elements(unwritten(B, C)),
             elements(unwritten(B, heads, D)), elements(unwritten(B, H, D)),
             elements(unwritten(B, F)), elements(caches),
-            unwritten(parts_size(B, H, G, D, C, F)), partial, np.zeros(MEETINGS * L + 2, np.uint32),
+            unwritten(parts_size(B, H, G, D, C, F)), partial, mail, arrivals,
             rng.integers(0, V, B).astype(np.int32), positions, slots.astype(np.int32), rows,
             seq_lens, splits, tables, np.cos(angles), np.sin(angles), elements(lively(rng, V, C)),
             elements(lively(rng, 2 * L + 1, C)), elements(matrices), 1e-5]
@@ -4798,10 +5083,13 @@ WIDE = dict(H=2, G=1, C=128, F=192) if SIMULATOR else dict(H=16, G=4, C=1024, F=
 MANY_TOKENS = () if SIMULATOR else (
     dict(L=1, contexts=tuple(range(1, 21)), **ONE_STEP, **WIDE),
     dict(L=1, contexts=tuple(range(500, 540)), **ONE_STEP, **WIDE),
-    dict(L=1, contexts=(600, 3), **ONE_STEP | dict(D=128), **WIDE))
+    dict(L=1, contexts=(600, 3), **ONE_STEP | dict(D=128), **WIDE),
+    dict(L=2, contexts=(1300,), **ONE_STEP, **WIDE),
+    # one token, and more items of attention than thread blocks
+    dict(L=2, contexts=(17000,), **ONE_STEP, **WIDE))
 # more items than lanes, for the simulator's one thread block; blocks of more tokens than a stage
 MANY_ITEMS = dict(L=1, contexts=(3, 1, 2, 9, 4, 5, 6), D=64, V=64, P=64, H=5, G=5, C=64, F=64)
-STEPS_OF_DECODE = (dict(L=1, contexts=(1,), **ONE_STEP, **WIDE), *MANY_TOKENS, MANY_ITEMS,
+STEPS_OF_DECODE = (dict(L=2, contexts=(21,), **ONE_STEP, **WIDE), *MANY_TOKENS, MANY_ITEMS,
                    dict(L=2, contexts=(7, 70, 3, 2, 1, 5, 6, 9, 4), **ONE_STEP, **WIDE))
 TENSOR = dict(types=("float16", "bfloat16"), needs=(8, 0))
 HOPPER = dict(types=("float16", "bfloat16"), needs=(9, 0))
@@ -4880,7 +5168,7 @@ KERNELS = (
                types=("float32",)),
     kernel_row("forward_decode", forward_decode_ref, forward_decode, forward_decode_example,
                STEPS_OF_DECODE, "E*W + 2*L*B*S*G*D*E", "2*B*W + 4*L*B*H*S*D", early_step,
-               workspace=(2, 3, 4, 5, 7, 8), roundings=8, **HOPPER),
+               workspace=(2, 3, 4, 5, 7, 8, 9), roundings=8, **HOPPER),
 )
 
 

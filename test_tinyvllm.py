@@ -622,7 +622,8 @@ INSTRUCTIONS = {
     "attention tiled": (*TENSOR_CORES, "ldmatrix.sync", ".trans", "cp.async", "ex2.approx"),
     "forward_decode": ("wgmma.mma_async.sync.aligned.m64n16k16.f32.bf16.bf16", "setmaxnreg",
                        "cp.async.bulk.tensor.5d", "mbarrier.try_wait", "ld.acquire.gpu",
-                       "red.release.gpu", *TENSOR_CORES, "ldmatrix.sync"),
+                       "red.release.gpu", "st.relaxed.gpu.global.b64", "L2::evict_first",
+                       *TENSOR_CORES, "ldmatrix.sync"),
     "paged decode": (*TENSOR_CORES, "ld.global.v4.u32", "shfl.sync.idx"),
     "paged decode split": (*TENSOR_CORES, "ld.global.v4.u32", "shfl.sync.idx"),
 }

@@ -1676,7 +1676,9 @@ class Engine:
         parts = kernels.parts_size(min(B, kernels.MAX_DECODE_TOKENS), H, G, D, cfg.hidden_size,
                                    cfg.intermediate_size)
         self.parts = new(parts if self.rung == "persistent" else 1, np.float32)
-        self.arrivals = self.on_device(np.zeros(kernels.MEETINGS * cfg.num_hidden_layers + 2,
+        letters = kernels.mail_size(H, G, D, cfg.hidden_size)
+        self.mail = self.on_device(np.zeros(letters if self.rung == "persistent" else 1, np.uint64))
+        self.arrivals = self.on_device(np.zeros(kernels.MEETINGS * cfg.num_hidden_layers + 3,
                                                 np.uint32))
         # the flat arrays of a step, one behind another; its shape says where each begins
         self.step_buffer = new(3 * T + 5 * B + 1, np.int32)
@@ -2102,7 +2104,7 @@ class Engine:
             self.x, self.h, self.qkv, self.o, self.act, self.logits))
         self.begin_decode(step, first, end)
         self.ops.forward_decode(logits, x, h, qkv, o, act, self.kv_cache, self.parts,
-                                self.partial, self.arrivals, step.tokens[first:end],
+                                self.partial, self.mail, self.arrivals, step.tokens[first:end],
                                 step.positions[first:end], step.slots[first:end],
                                 step.rows[first:end], step.seq_lens[first:end], self.splits,
                                 self.block_tables, self.cos, self.sin, w.embed, w.norms,
