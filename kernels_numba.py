@@ -3771,7 +3771,7 @@ ITEMS, PARTS, STEPS, ROWS, PLACE = range(5)            # columns of the plan: it
 FAST = 3                                   # stages of weights on their way at once
 MAIL_TOKENS = 16                           # for so many, at most, q, k and v go by mail
 # what is there when all thread blocks have met for the n-th time in a layer; past the layers the
-# first comes once more, for the last norm
+# first comes once more, for the last norm. With few tokens nobody comes to some of these.
 (NORMED, QKV_MADE, ROTATED, SPLITS_ATTENDED, ATTENDED, O_MADE, NORMED_AGAIN, ACTIVATED,
  DOWN_MADE) = range(9)
 MEETINGS = 9
@@ -4033,7 +4033,8 @@ def stream_weights(ring, first, stages, barriers, plan, pace, maps, num_matrices
 @cuda.jit(device=True)
 def copy_normed(ring, at, source, steps, step_words):
     """A warp copies some steps of the one token, from ring[source] on, to a stage of the tokens'
-    ring. What lies in the stage's other rows meets nobody: each is a column of the product."""
+    ring, where it is the first row: its pieces keep their order. What lies in the other rows meets
+    nobody, for each is a column of the product."""
     words = cuda.local.array(4, uint32)
     for piece in range(cuda.threadIdx.x % WARP, steps * 8, WARP):
         load_shared(words, 0, ring, source + piece * 4)
