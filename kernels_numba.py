@@ -3725,7 +3725,7 @@ def begin_decode(tokens, positions, slots, seq_lens, splits, inputs, state, bloc
 # and their first loads take their time. A decode step does little but read weights and contexts,
 # and which ones is known from the start. So here one thread block on each multiprocessor stays for
 # the whole step, and its warps have roles. One warp does nothing but start copies of weights, and
-# of keys and values, into a ring of stages in shared memory: it goes on, as far as there is room,
+# of keys and values, into a ring of stages in shared memory: it goes on, as long as there is room,
 # while the thread blocks wait for each other between two operations. One warp fills a second ring,
 # with the tokens that meet the weights, as soon as all thread blocks have made them. Eight warps,
 # the consumers, do everything else.
@@ -3735,9 +3735,9 @@ def begin_decode(tokens, positions, slots, seq_lens, splits, inputs, state, bloc
 #   tokens warp  -> [ stage ][ stage ][ stage ]                   /  rotation, softmax
 #
 # Thread blocks tell each other of their results at meetings: each counts itself in when its own are
-# written, and waits until all have. With few tokens that, and not memory, is the pace of a layer: a
-# meeting takes two microseconds, weights of a layer 29. So what a few thread blocks need goes by
-# mail, each word with a stamp that says which layer of which step it is of; a single token every
+# written, and waits until all have. With few tokens these meetings, of two microseconds each, are
+# most of what a layer takes beyond the time of its weights. So what a few thread blocks need goes
+# by mail, each word with a stamp that says which layer of which step it is of; a single token every
 # thread block norms for itself; and while such news are due, the copies ahead take their time.
 #
 # A matmul is cut into items: 128 rows of a weight matrix, a tile, by all of its K or a part of it.
@@ -3757,7 +3757,7 @@ MULTIPROCESSORS = 2 if SIMULATOR else 132  # that the parts are made for; they m
                                            # the GPU, or its sums would
 PERSISTENT_SHARED = (227 - 1) << 10        # bytes; 1 KB is left for static arrays
 SUM_WORDS = 20480                          # the most that sums of attention, or a token and its
-                                           # gains, may take of it: three stages are left
+                                           # gains, may take of it: FAST stages are left
 X_WORDS = 4096                             # for the tokens' ring; three stages if that is more
 # barriers of the rings: full[i], that a copy has landed, and empty[i], that all consumers are done
 MAX_STAGES, MAX_X_STAGES = 16, 8
@@ -3768,7 +3768,8 @@ H_MAP, O_MAP, ACT_MAP, KV_MAP = range(5, 9)            # tensor maps behind thos
 ITEMS, PARTS, STEPS, ROWS, PLACE = range(5)            # columns of the plan: items of a matrix,
                                            # parts of its K, steps of an item, rows, and where its
                                            # sums begin in `parts` if there is but one token
-FAST = 3                                   # stages of weights on their way at once
+FAST = 3                                   # stages of weights on their way at once, see
+                                           # await_copies; SLOW is each kernel's own
 MAIL_TOKENS = 16                           # for so many, at most, q, k and v go by mail
 # what is there when all thread blocks have met for the n-th time in a layer; past the layers the
 # first comes once more, for the last norm. With few tokens nobody comes to some of these.
@@ -3837,12 +3838,12 @@ def forward_decode_ref(logits, x, h, qkv, o, act, kv_cache, parts, partial, mail
                        embed, norms, matrices, eps):
     """Logits of one token for each request: the whole transformer.
 
-    logits (B, V) f32, x and h (B, C), qkv (B, H+2G, D), of which q counts, o (B, H, D), act (B, F)
-    written; kv_cache (2, L, blocks, P, G, D) appended to; parts (parts_size,), partial
-    (J, H, D+2), mail (mail_size,) and arrivals (9L+3,) are workspace of the kernel; tokens,
-    positions, slots, rows, seq_lens (B,) i32, splits and block_tables as begin_decode leaves them;
-    embed (V, C); norms (2L+1, C): before attention and MLP of each layer, and the last; matrices:
-    see matrices_of_layer.
+    logits (B, V) f32 and x (B, C) written; h (B, C), qkv (B, H+2G, D), o (B, H, D) and act (B, F)
+    are workspace; kv_cache (2, L, blocks, P, G, D) appended to; parts (parts_size,), partial
+    (J, H, D+2), mail (mail_size,) u64 and arrivals (9L+3,) u32 are the kernel's own, at first 0,
+    and the last of arrivals counts its launches; tokens, positions, slots, rows, seq_lens (B,) i32,
+    splits and block_tables as begin_decode leaves them; embed (V, C); norms (2L+1, C): before
+    attention and MLP of each layer, and the last; matrices: see matrices_of_layer.
     """
     B, (H, D), G, C, F = len(x), o.shape[1:], kv_cache.shape[4], x.shape[1], act.shape[1]
     delta, flat_qkv, gate_up = np.empty_like(x), qkv.reshape(B, -1), np.empty((B, 2 * F), x.dtype)
@@ -3895,8 +3896,8 @@ def gather(arrivals, meeting):
 
 @cuda.jit(device=True)
 def stamp_of(launches, num_matrices, layer):
-    """Of the letters of a layer: the 2**32 / num_matrices steps before had others, and so has each
-    layer."""
+    """What a layer's letters of this launch are stamped with; the same stamp comes again after
+    2**32 / num_matrices launches."""
     return uint32(launches * uint32(num_matrices) + uint32(layer + 1))
 
 
@@ -4031,6 +4032,15 @@ def stream_weights(ring, first, stages, barriers, plan, pace, maps, num_matrices
 
 
 @cuda.jit(device=True)
+def await_letter(mail, i, stamp):
+    """Asks for one letter until it has come, before all that are due are asked for: so many
+    questions at once would stand in their way."""
+    _, sent = receive(mail, i)
+    while sent != stamp:
+        _, sent = receive(mail, i)
+
+
+@cuda.jit(device=True)
 def copy_normed(ring, at, source, steps, step_words):
     """A warp copies some steps of the one token, from ring[source] on, to a stage of the tokens'
     ring, where it is the first row: its pieces keep their order. What lies in the other rows meets
@@ -4039,15 +4049,6 @@ def copy_normed(ring, at, source, steps, step_words):
     for piece in range(cuda.threadIdx.x % WARP, steps * 8, WARP):
         load_shared(words, 0, ring, source + piece * 4)
         store_shared(ring, at + piece // 8 * step_words + piece % 8 * 4, words, 0)
-
-
-@cuda.jit(device=True)
-def await_letter(mail, i, stamp):
-    """Asks for one letter until it has come, before all that are due are asked for: so many
-    questions at once would stand in their way."""
-    _, sent = receive(mail, i)
-    while sent != stamp:
-        _, sent = receive(mail, i)
 
 
 @cuda.jit(device=True)
@@ -4081,9 +4082,9 @@ def stream_tokens(ring, first, x_stages, x_steps, step_words, barriers, plan, ma
     for matrix in range(num_matrices):
         kind, layer = kind_of(matrix, num_matrices), matrix >> 2
         parts, steps, meeting = plan[kind, PARTS], plan[kind, STEPS], layer * MEETINGS
-        source, normed_here, mailed = H_MAP, alone, False
+        source, normed_here, o_mailed = H_MAP, alone, False
         if kind == O:
-            source, normed_here, mailed = O_MAP, False, alone and num_splits == 1
+            source, normed_here, o_mailed = O_MAP, False, alone and num_splits == 1
             meeting += ATTENDED
             items = num_splits * G                             # of attention
             while item < items:
@@ -4095,8 +4096,8 @@ def stream_tokens(ring, first, x_stages, x_steps, step_words, barriers, plan, ma
             source, normed_here, meeting = ACT_MAP, False, meeting + ACTIVATED
         if normed_here:
             meet(2, CONSUMERS + WARP)
-        elif item < plan[kind, ITEMS] and not mailed:
-            # else nobody here waits, and the counts may be set back
+        elif item < plan[kind, ITEMS] and not o_mailed:
+            # without an item nobody here waits, and the counts may be set back already
             if lane == 0:
                 await_all(arrivals, meeting)
                 fence_copies()
@@ -4107,8 +4108,8 @@ def stream_tokens(ring, first, x_stages, x_steps, step_words, barriers, plan, ma
                 at, k = first + x_stage * x_stage_words, part * steps + step
                 await_barrier(barriers, X_EMPTY + x_stage, parity)
                 meet_warp()                # else a lane a whole ring behind waits for a past phase
-                if normed_here or mailed:
-                    if mailed:
+                if normed_here or o_mailed:
+                    if o_mailed:
                         copy_mailed(ring, at, mail, o_mail + k * 32, min(x_steps, steps - step),
                                     step_words, stamp_of(launches, num_matrices, layer))
                     else:
@@ -4252,13 +4253,13 @@ def make_attend_stages(D, N):
 
     @cuda.jit(device=True)
     def attend_stages(out, partial, sums, ring, first, stage, stages, parity, barriers, item,
-                      lane_b, lane_key, lane_S, lane_slot, grouped, group_words, mail, o_mail,
+                      lane_b, lane_key, lane_S, lane_slot, qkv_mailed, group_words, mail, o_mail,
                       stamp, qkv, k_cache, v_cache, slots, rows, seq_lens, items, splits):
         """Attention of this thread block's items, whose contexts stream_context brings: request,
         first key and length of the next 32, one in each lane, as there. All warps work on an item,
         a warp on every DECODE_WARPS-th tile of 16 keys; each warp waits for each stage and gives
-        it back, for the ring has one order. grouped: what its only item needs lies at
-        group_words."""
+        it back, for the ring has one order. qkv_mailed: there is one item at most, and what it
+        needs of this step lies at group_words."""
         q = cuda.local.array(Q_WORDS, uint32)
         fresh = cuda.local.array(FRESH_WORDS, uint32)
         keys = cuda.local.array(16, uint32)
@@ -4273,7 +4274,7 @@ def make_attend_stages(D, N):
         R, box, turn = int64(divide(uint32(H), uint32(G))), min(k_cache.shape[1], KEYS), 0
         base = int64(0)
         b, k, S, j, g = open_item(item, turn, lane_b, lane_key, lane_S, G)
-        if N <= MAIL_TOKENS and grouped and item < items:
+        if N <= MAIL_TOKENS and qkv_mailed and item < items:
             load_group(q, fresh, ring, group_words, R)
         elif item < items:
             load_queries(q, qkv, b, g, R, G)
@@ -4318,7 +4319,8 @@ def make_attend_stages(D, N):
                 mail_heads(mail, o_mail, stamp, sums, base, done_g, R, out)
             else:
                 join_warps(out, partial, sums, base, done, done_g, done_j, R, only)
-            # sums have two places: before this one is used again, all have met for the next item
+            # sums have two places: before this one is used again, all have met for the next item.
+            # Where there is one item at most, group_words are the second
             base = DECODE_WARPS * R * (D + 2) - base
         return item - items, stage, parity
     return attend_stages
@@ -4340,7 +4342,8 @@ def make_forward_decode(D, N):
     wgmma_wait = WGMMA[min(N, 128)].wait
     KEYS, ACCUMULATORS = keys_of_stage(D), min(N, 128) // 2
     X_STEPS, X_STAGE_WORDS = x_steps_of(N), x_stage_words_of(N)
-    NORM_TERMS, HEAD_TERMS, SLOW = MAX_PARTS * 8, MAX_PARTS * 4, 1 if N <= MAIL_TOKENS else 2
+    NORM_TERMS, HEAD_TERMS = MAX_PARTS * 8, MAX_PARTS * 4
+    SLOW = 1 if N <= MAIL_TOKENS else 2    # more tokens take longer with a stage
 
     @cuda.jit(device=True)
     def norm_tokens(shared_words, h, x, parts, num_parts, place, embed, tokens, norms, n, eps,
@@ -4364,7 +4367,7 @@ def make_forward_decode(D, N):
             else:
                 old = h
         else:
-            place = 0
+            place = 0                      # a meeting lies between this sum and the next product
         for b in range(first_b, B, cuda.gridDim.x):
             squares = ZERO
             for c in range(cuda.threadIdx.x * 8, C, CONSUMERS * 8):
@@ -4468,6 +4471,7 @@ def make_forward_decode(D, N):
         R, place = int64(divide(uint32(heads - 2 * G), uint32(G))), (slot * G + g) * D
         for unit in range(cuda.threadIdx.x, (R + 2) * (D // 4), CONSUMERS):
             n, i = unit // (D // 4), unit % (D // 4) * 2
+            # behind all queries lie the keys, n = R, and then the values
             head, missing = g * R + n if n < R else n * G + g, True
             letter = (b * heads + head) * D + i                # in part 0
             await_letter(mail, letter, stamp)
@@ -4491,8 +4495,8 @@ def make_forward_decode(D, N):
                 store_word(v_cache, place + D // 2 + i, two)
 
     @cuda.jit(device=True)
-    def store_tile(acc, first_token, kind, tile, part, num_rows, B, parts, act, logits, mailed,
-                   place, mail, stamp):
+    def store_tile(acc, first_token, kind, tile, part, num_rows, B, parts, act, logits,
+                   by_mail, place, mail, stamp):
         """Sums of a tile to where the next operation reads them: parts, act and logits are flat, of
         shapes (parts, B, num_rows), (B, num_rows / 2) and (B, num_rows); or by mail, as parts. A
         thread holds two rows that are 8 apart, in a tile of gate and up rows a gate and its up."""
@@ -4522,12 +4526,12 @@ def make_forward_decode(D, N):
             out, at, stride = parts, (part * B + b) * num_rows + row, 8 * num_rows
             if kind == LM_HEAD:
                 out = logits
-            elif B == 1 and not mailed:
+            elif B == 1 and not by_mail:
                 at += place
             for n in range(ACCUMULATORS // 4):
                 for i in range(2):
                     here = at + i * num_rows
-                    if b + i < B and row < num_rows and mailed:
+                    if b + i < B and row < num_rows and by_mail:
                         send(mail, here, float_bits(acc[n * 4 + i]), stamp)
                         send(mail, here + 8, float_bits(acc[n * 4 + 2 + i]), stamp)
                     elif b + i < B and row < num_rows:
@@ -4551,8 +4555,9 @@ def make_forward_decode(D, N):
         item, stage, parity, x_stage, x_parity = cuda.blockIdx.x, 0, uint32(0), 0, uint32(0)
         num_splits = int64(load_word(splits, B))
         items = num_splits * G                                 # of attention
-        # one of them for a thread block at most, which then gets queries, key and value by mail
-        mailed = N <= MAIL_TOKENS and items <= cuda.gridDim.x
+        # one of them for a thread block at most, which then gets queries, key and value by mail. N:
+        # so that kernels for more tokens do not contain what they never do
+        qkv_mailed = N <= MAIL_TOKENS and items <= cuda.gridDim.x
         alone = N == DECODE_TOKENS[0] and B == 1
         launches = load_word(arrivals, arrivals.shape[0] - 1)
         for matrix in range(num_matrices):
@@ -4564,7 +4569,7 @@ def make_forward_decode(D, N):
                                                      splits, rows, SPLIT)
                 lane_slot = load_word(slots, lane_b)
                 lane_position = load_word(positions, lane_b)
-                if mailed:
+                if qkv_mailed:
                     # splits of one context write the same key to the same place
                     if item < items:
                         rotate_group(ring, group_words, qkv, k_cache, v_cache, mail, stamp,
@@ -4582,7 +4587,7 @@ def make_forward_decode(D, N):
                     gather(arrivals, meeting + ROTATED)
                 item, stage, parity = attend_stages(
                     o, partial, sums, ring, first, stage, stages, parity, barriers, item, lane_b,
-                    lane_key, lane_S, lane_slot, mailed, group_words, mail, o_mail, stamp, qkv,
+                    lane_key, lane_S, lane_slot, qkv_mailed, group_words, mail, o_mail, stamp, qkv,
                     k_cache, v_cache, slots, rows, seq_lens, items, splits)
                 if num_splits > B:         # some context has several splits
                     arrive(arrivals, meeting + SPLITS_ATTENDED)
@@ -4611,9 +4616,10 @@ def make_forward_decode(D, N):
                     meet(2, CONSUMERS + WARP)                  # with who copies it to the ring
                 else:
                     arrive(arrivals, normed)
-            by_mail = mailed and kind == QKV
+            by_mail = qkv_mailed and kind == QKV
             steps = plan[kind, STEPS]
             if tid == 0:
+                # these go through more stages than the ring holds; before the others it has filled
                 pace[0] = FAST if kind >= GATE_UP else SLOW
             while item < plan[kind, ITEMS]:
                 for i in range(ACCUMULATORS):
@@ -4662,9 +4668,9 @@ def make_forward_decode(D, N):
         """logits of one token for each request: embedding, all layers, norm and lm_head
 
         flat_logits      (B*V,)               f32        written
-        x, h             (B, C)               f16 bf16   written: residual stream, normed
-        qkv              (B, H+2G, D)         as x       q written
-        o, flat_act      (B, H, D), (B*F,)    as x       written
+        x                (B, C)               f16 bf16   written: residual stream
+        h, qkv           (B, C), (B, H+2G, D) as x       workspace: normed tokens, q
+        o, flat_act      (B, H, D), (B*F,)    as x       workspace
         kv_cache   (2, L, blocks, P, G, D)    as x       a slot for each token written, context read
         parts            (parts_size,)        f32        workspace: parts of a matmul's sums
         partial          (J, H, D+2)          f32        workspace of contexts of several splits
@@ -4689,7 +4695,7 @@ def make_forward_decode(D, N):
         ring = cuda.shared.array(0, uint32)
         barriers = cuda.shared.array(NUM_BARRIERS, uint64)
         plan = cuda.shared.array((5, 5), int32)    # here, for each meeting empties the L1 cache
-        pace = cuda.shared.array(1, uint32)
+        pace = cuda.shared.array(1, uint32)        # of the weights: consumers set it
         acc = cuda.local.array(ACCUMULATORS, float32)
         acc_far = cuda.local.array(ACCUMULATORS, float32)  # of tokens from 128 on
         o_mail = mail.shape[0] - o.shape[1] * (D // 2)
@@ -4731,8 +4737,7 @@ def make_forward_decode(D, N):
                 wait_for_inputs()
                 stream_tokens(ring, first + stages * STAGE_WORDS, num_x_stages, X_STEPS, N * 32,
                               barriers, plan, maps, num_matrices, arrivals, mail, o_mail,
-                              kv_cache.shape[4],
-                              splits, x.shape[0], x.shape[1])
+                              kv_cache.shape[4], splits, x.shape[0], x.shape[1])
     return forward_decode_kernel
 
 
@@ -4790,6 +4795,7 @@ def forward_decode(logits, x, h, qkv, o, act, kv_cache, parts, partial, mail, ar
     # 256 words, for stages begin at a multiple of 1024 bytes
     left = PERSISTENT_SHARED // 4 - sum_words - 256 - num_x_stages * x_stage_words_of(N)
     stages = min(MAX_STAGES, left // STAGE_WORDS)
+    assert stages >= FAST, stages
     threads = CONSUMERS + (2 if SIMULATOR else 4) * WARP       # a warpgroup has no half
     launch(FORWARD_DECODE[D, N], num_multiprocessors(), threads, stream, PERSISTENT_SHARED,
            logits.reshape(B * V), x, h, qkv, o, act.reshape(B * F), kv_cache, parts, partial,
@@ -4799,7 +4805,8 @@ def forward_decode(logits, x, h, qkv, o, act, kv_cache, parts, partial, mail, ar
 
 
 def sum_words_of(H, G, D, C):
-    """Shared words for the sums of attention, and for gains and a token in a norm."""
+    """Shared words for the sums of attention, in two places, of which the second has room for what
+    rotate_group leaves, and for gains and a token in a norm."""
     return max(2 * DECODE_WARPS * (H // G) * (D + 2), C)
 
 

@@ -1676,6 +1676,7 @@ class Engine:
         parts = kernels.parts_size(min(B, kernels.MAX_DECODE_TOKENS), H, G, D, cfg.hidden_size,
                                    cfg.intermediate_size)
         self.parts = new(parts if self.rung == "persistent" else 1, np.float32)
+        # both at first 0, and one never without the other: stamps in the mail count from arrivals
         letters = kernels.mail_size(H, G, D, cfg.hidden_size)
         self.mail = self.on_device(np.zeros(letters if self.rung == "persistent" else 1, np.uint64))
         self.arrivals = self.on_device(np.zeros(kernels.MEETINGS * cfg.num_hidden_layers + 3,
