@@ -87,7 +87,8 @@ def ceil_div_int(a, b):
 
 
 def instruction(text, *operands, keep=True):
-    """Decorator: a device function that is one PTX instruction, {0}, {1}, ... being its operands.
+    """Decorator: a device function that is one PTX instruction, or a few in doubled braces, {0},
+    {1}, ... being its operands.
 
     "=r" "=f"            a result (32-bit word, float32), returned
     "r" "f"              a value: one argument
@@ -4077,6 +4078,7 @@ def stream_tokens(ring, first, x_stages, x_steps, step_words, barriers, plan, ma
     or by mail."""
     lane, item, x_stage, parity = cuda.threadIdx.x % WARP, cuda.blockIdx.x, 0, uint32(1)
     x_stage_words, num_splits = x_steps * step_words, int64(load_word(splits, B))
+    # only in the kernel for the fewest, so that the others do not contain what they never do
     alone = step_words == DECODE_TOKENS[0] * 32 and B == 1
     launches = load_word(arrivals, arrivals.shape[0] - 1)
     for matrix in range(num_matrices):
@@ -4551,7 +4553,8 @@ def make_forward_decode(D, N):
         B, H, G, num_matrices = x.shape[0], o.shape[1], kv_cache.shape[4], kv_cache.shape[1] * 4 + 1
         a_rows = first + warp // 4 * 64 * 32               # of this warpgroup, in stage 0
         first_x_stage, used_stage, used_x_stage = first + stages * STAGE_WORDS, 0, 0
-        group_words = DECODE_WARPS * int64(divide(uint32(H), uint32(G))) * (D + 2)   # the second
+        # where the second place for sums begins
+        group_words = DECODE_WARPS * int64(divide(uint32(H), uint32(G))) * (D + 2)
         item, stage, parity, x_stage, x_parity = cuda.blockIdx.x, 0, uint32(0), 0, uint32(0)
         num_splits = int64(load_word(splits, B))
         items = num_splits * G                                 # of attention

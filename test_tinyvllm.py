@@ -1475,8 +1475,8 @@ def pictures_of(engine, width):
     def draw(report):
         lines = [re.sub(r"\x1b\[[\d;]*m", "", line).rstrip() for line in view.draw(report)]
         assert lines[0] == tinyvllm.summarize(report)[:width].rstrip()
-        # a narrow terminal cuts the rest
-        assert re.match(r"[\d,]+ u", lines[1]) and len(lines[1]) <= width
+        share = tinyvllm.share_of_bound(report, view.ceilings)
+        assert re.match(r"[\d,]+ us, ", share) and lines[1] == share[:width].rstrip()
         pictures.append(lines[2:])
     engine.on_step = draw
     return pictures
