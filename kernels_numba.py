@@ -3318,7 +3318,8 @@ def sample_ref(logits, temperature, top_k, top_p, min_p, seed, position):
 TEMPERATURE, TOP_K, TOP_P, MIN_P, REPETITION, PRESENCE, FREQUENCY, EDITED = range(8)  # of settings
 NUM_SETTINGS = 8
 IN_PROMPT = 1 << 30                        # bit of `seen` beside the count of the output
-MAX_CHUNKS = 2 if SIMULATOR else 32        # thread blocks that share a row of logits
+MAX_CHUNKS = 2 if SIMULATOR else 128       # thread blocks that share a row of logits
+EDITS = 8                                  # logits of a thread on their way at once
 SAMPLE_THREADS = WARP if SIMULATOR else 1024
 BINS, LAST_BIN, BINS_PER_UNIT = 256, np.float32(255), np.float32(8)
 FLAT, PEAKED = ZERO, ONE                   # exponents of the weights in `lowest_kept`
@@ -3329,6 +3330,24 @@ WEIGHT_ONE = np.float32(2.0 ** 32)         # weights are integers: their sum has
 def larger(value, index, other_value, other_index):
     """Whether the other is larger, or as large and first."""
     return other_value > value or (other_value == value and other_index < index)
+
+
+@cuda.jit(device=True)
+def warp_argmax(value, index):
+    """The largest value of a warp and its index, the lowest one of several, in all lanes."""
+    mask = WARP // 2
+    while mask > 0:
+        other = shuffle_xor(value, mask)
+        other_index = int32(float_bits(shuffle_xor(float_of(uint32(index)), mask)))
+        if larger(value, index, other, other_index):
+            value, index = other, other_index
+        mask //= 2
+    return value, index
+
+
+def chunks_of(B):
+    """Chunks of a row of logits that fill the GPU if there are B rows; no result depends on it."""
+    return min(MAX_CHUNKS, max(4, 1024 // B))
 
 
 @cuda.jit(device=True)
@@ -3398,30 +3417,35 @@ def edit_logits_kernel(scores, chunk_max, chunk_argmax, logits, rows, settings, 
     start_next_kernel()
     wait_for_inputs()
     b, chunk, V = cuda.blockIdx.y, cuda.blockIdx.x, logits.shape[1]
+    raw = cuda.local.array(EDITS, float32)
     row, width = rows[b], ceil_div_int(V, cuda.gridDim.x)
     temperature, edited = settings[row, TEMPERATURE], settings[row, EDITED] > ZERO
     first = chunk * width
+    end = min(first + width, V)
     best, best_v = NEG_INF, first
-    for v in range(first + cuda.threadIdx.x, min(first + width, V), THREADS):
-        x = logits[b, v]
-        bad = not (x < INF)                # NaN compares false
-        if edited:
-            x += bias[row, v]
-            word = seen[row, v]
-            count = word & (IN_PROMPT - 1)
-            if word > 0:
-                repetition = settings[row, REPETITION]
-                x = x / repetition if x > ZERO else x * repetition
-            if count > 0:
-                x -= settings[row, PRESENCE] + settings[row, FREQUENCY] * float32(count)
-        if temperature > ZERO:
-            x /= temperature
-        if edited or temperature > ZERO:
-            scores[b, v] = x
-        if bad:
-            x = INF
-        if larger(best, best_v, x, v):
-            best, best_v = x, v
+    for next_v in range(first + cuda.threadIdx.x, end, EDITS * THREADS):
+        for i in range(EDITS):             # all on their way before the first is used
+            raw[i] = logits[b, min(next_v + i * THREADS, V - 1)]
+        for i in range(EDITS):
+            x, v = raw[i], next_v + i * THREADS
+            bad = not (x < INF)            # NaN compares false
+            if edited and v < end:
+                x += bias[row, v]
+                word = seen[row, v]
+                count = word & (IN_PROMPT - 1)
+                if word > 0:
+                    repetition = settings[row, REPETITION]
+                    x = x / repetition if x > ZERO else x * repetition
+                if count > 0:
+                    x -= settings[row, PRESENCE] + settings[row, FREQUENCY] * float32(count)
+            if temperature > ZERO:
+                x /= temperature
+            if (edited or temperature > ZERO) and v < end:
+                scores[b, v] = x
+            if bad:
+                x = INF
+            if v < end and larger(best, best_v, x, v):
+                best, best_v = x, v
     best, best_v = block_argmax(best, best_v)
     if cuda.threadIdx.x == 0:
         chunk_max[b, chunk], chunk_argmax[b, chunk] = best, best_v
@@ -3590,10 +3614,11 @@ def sample_tokens_kernel(sampled, state, seen, scores, chunk_max, chunk_argmax, 
     start_next_kernel()
     wait_for_inputs()
     b, tid, V = cuda.blockIdx.x, cuda.threadIdx.x, scores.shape[1]
-    row, best, token = rows[b], NEG_INF, -1
-    for chunk in range(chunk_max.shape[1]):
+    row, best, token = rows[b], NEG_INF, int32(-1)
+    for chunk in range(tid % WARP, chunk_max.shape[1], WARP):
         if larger(best, token, chunk_max[b, chunk], chunk_argmax[b, chunk]):
             best, token = chunk_max[b, chunk], chunk_argmax[b, chunk]
+    best, token = warp_argmax(best, token)
     if not (NEG_INF < best and best < INF):
         token = -1
     elif settings[row, TEMPERATURE] > ZERO:

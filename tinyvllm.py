@@ -1694,8 +1694,8 @@ class Engine:
         self.seeds = self.on_device(np.zeros((rows, 2), np.uint32))
         self.bias, self.seen = new((rows, V), np.float32), new((rows, V), np.int32)
         self.scores = new((B, V), np.float32)
-        self.chunk_max = new((B, kernels.MAX_CHUNKS), np.float32)
-        self.chunk_argmax = new((B, kernels.MAX_CHUNKS), np.int32)
+        self.chunk_max = new(B * kernels.MAX_CHUNKS, np.float32)
+        self.chunk_argmax = new(B * kernels.MAX_CHUNKS, np.int32)
         self.sampled = new(B, np.int32)
         self.views: dict[tuple, Step] = {}                     # shape -> its arrays
         self.rows_on_device: list[int] = []                    # of the last decode step
@@ -2151,8 +2151,9 @@ class Engine:
     def sample(self, step: Step) -> None:
         """The next token of each request, into `sampled` and into its row's state."""
         B = step.B
-        logits, scores = self.logits[:B], self.scores[:B]
-        chunk_max, chunk_argmax = self.chunk_max[:B], self.chunk_argmax[:B]
+        logits, scores, chunks = self.logits[:B], self.scores[:B], kernels.chunks_of(B)
+        chunk_max = self.chunk_max[:B * chunks].reshape(B, chunks)
+        chunk_argmax = self.chunk_argmax[:B * chunks].reshape(B, chunks)
         self.ops.edit_logits(scores, chunk_max, chunk_argmax, logits, step.sample_rows,
                              self.settings, self.bias, self.seen)
         self.ops.sample_tokens(step.sampled, self.state, self.seen, scores, chunk_max, chunk_argmax,
