@@ -397,6 +397,18 @@ def load_shared(words, i, array, index):
     words[i:i + 4] = array[index:index + 4]
 
 
+@instruction("st.shared.v2.f32 [{0}], {{{1}, {2}}};", "shared", "f", "f")
+def store_2_shared(array, index, value, next_value):
+    """Two float32 of shared memory, of which the first must lie at a multiple of 8 bytes."""
+    array[index], array[index + 1] = value, next_value
+
+
+@instruction("ld.shared.v2.f32 {{{0}, {1}}}, [{2}];", "=f", "=f", "shared")
+def load_2_shared(array, index):
+    """The same, read."""
+    return array[index], array[index + 1]
+
+
 @instruction("ld.volatile.shared.u32 {0}, [{1}];", "=r", "shared")
 def load_shared_word(array, index):
     """A word of shared memory as it is now, whatever has been read of it before."""
@@ -2939,7 +2951,7 @@ def make_attention_sums(D, IN_ORDER):
 
     @cuda.jit(device=True)
     def store_sums(sums, base, acc, m, l, R, scale):
-        """sums[base:] as (warp, r, D+2): channels in their order, then m and l."""
+        """sums[base:] as (warp, r, D+2): the fragments, then m and l."""
         lane, warp = cuda.threadIdx.x % WARP, cuda.threadIdx.x // WARP
         for half in range(2):
             total = l[half] + shuffle_xor(l[half], 1)
@@ -2948,39 +2960,45 @@ def make_attention_sums(D, IN_ORDER):
             if r < R:
                 at = base + (warp * R + r) * (D + 2)
                 for n in range(OUTS // 4):
-                    for i in range(2):
-                        channel = n * 8 + lane % 4 * 2 + i
-                        if not IN_ORDER:
-                            channel = n // 8 * 64 + (lane % 4 * 2 + i) * 8 + n % 8
-                        sums[at + channel] = acc[n * 4 + half * 2 + i]
-                sums[at + D], sums[at + D + 1] = m[half] * scale, total
+                    store_2_shared(sums, at + n * 8 + lane % 4 * 2, acc[n * 4 + half * 2],
+                                   acc[n * 4 + half * 2 + 1])
+                store_2_shared(sums, at + D, m[half] * scale, total)
 
     @cuda.jit(device=True)
-    def joined(sums, base, r, d, R):
-        """(o, m, l) of one channel: the sums of all warps, sums[base:] as (DECODE_WARPS, R, D+2),
-        together."""
-        m, l, o = NEG_INF, ZERO, ZERO
+    def joined(sums, base, r, place, R):
+        """The sums of all warps, sums[base:] as (DECODE_WARPS, R, D+2), together: o at a place of
+        the fragments and at the next, m and l."""
+        m, l, o, next_o = NEG_INF, ZERO, ZERO, ZERO
         for w in range(DECODE_WARPS):
-            m = max(m, sums[base + (w * R + r) * (D + 2) + D])
+            warp_m, _ = load_2_shared(sums, base + (w * R + r) * (D + 2) + D)
+            m = max(m, warp_m)
         for w in range(DECODE_WARPS):
             at = base + (w * R + r) * (D + 2)
-            weight = exp2(sums[at + D] - m)                    # a warp without keys has m = -inf
-            l += sums[at + D + 1] * weight
-            o += sums[at + d] * weight
-        return o, m, l
+            warp_m, warp_l = load_2_shared(sums, at + D)
+            warp_o, warp_next_o = load_2_shared(sums, at + place)
+            weight = exp2(warp_m - m)                          # a warp without keys has m = -inf
+            l += warp_l * weight
+            o += warp_o * weight
+            next_o += warp_next_o * weight
+        return o, next_o, m, l
 
     @cuda.jit(device=True)
     def join_warps(out, partial, sums, base, b, g, j, R, only):
         """The attention of request b and KV head g itself if j is the context's only split,
         otherwise a part of it."""
-        for i in range(cuda.threadIdx.x, R * D, WARP * DECODE_WARPS):
-            r, d = i // D, i % D
-            o, m, l = joined(sums, base, r, d, R)
+        for i in range(cuda.threadIdx.x, R * (D // 2), WARP * DECODE_WARPS):
+            r, place = i // (D // 2), i % (D // 2) * 2
+            o, next_o, m, l = joined(sums, base, r, place, R)
+            d, next_d = place, place + 1
+            if not IN_ORDER:
+                d = place // 64 * 64 + place % 8 * 8 + place // 8 % 8
+                next_d = d + 8
             if only:
                 out[b, g * R + r, d] = narrow(o / l, out)
+                out[b, g * R + r, next_d] = narrow(next_o / l, out)
             else:
-                partial[j, g * R + r, d] = o
-                if d == 0:
+                partial[j, g * R + r, d], partial[j, g * R + r, next_d] = o, next_o
+                if place == 0:
                     partial[j, g * R + r, D], partial[j, g * R + r, D + 1] = m, l
     return add_scores, store_sums, joined, join_warps
 
@@ -4209,9 +4227,8 @@ def make_attend_stages(D, N):
                 load_16_bytes(fresh, i * 4, v_cache, at + (piece - CHUNKS) * 8)
 
     @cuda.jit(device=True)
-    def patch_tile(ring, at, row, box, fresh, words):
-        """Puts this step's key and value into their row of a tile, and zeros where values of the
-        tile's tokens past them will be: whatever lies there, NaN too, meets a weight of 0."""
+    def patch_tile(ring, at, row, box, fresh):
+        """Puts this step's key and value into their row of a stage."""
         lane = cuda.threadIdx.x % WARP
         for i in range(FRESH):
             piece = lane + i * WARP
@@ -4219,11 +4236,6 @@ def make_attend_stages(D, N):
                 store_shared(ring, at + place_of(row, piece, 0, box), fresh, i * 4)
             elif piece < 2 * CHUNKS:
                 store_shared(ring, at + place_of(row, piece - CHUNKS, 1, box), fresh, i * 4)
-        for i in range(4):
-            words[i] = uint32(0)
-        for i in range(lane, (15 - (row & 15)) * CHUNKS, WARP):
-            store_shared(ring, at + place_of(row + 1 + i // CHUNKS, i % CHUNKS, 1, box), words, 0)
-        fence_shared()                     # before the copy engine fills this place again
         meet_warp()
 
     @cuda.jit(device=True)
@@ -4234,16 +4246,29 @@ def make_attend_stages(D, N):
             row + lane // 16 * 8 + lane % 8, step * 2 + lane // 8 % 2, 0, box))
 
     @cuda.jit(device=True)
-    def load_values(words, ring, at, row, box, step):
-        """16 channels of their values."""
+    def load_values(words, ring, at, row, box, step, keep, keep_far):
+        """16 channels of their values, without those of tokens that are not there: these meet a
+        weight of 0, but may be NaN."""
         lane = cuda.threadIdx.x % WARP
         load_matrices_transposed(words, step % 4 * 4, ring, at + place_of(
             row + lane % 16, step * 2 + lane // 16, 1, box))
+        for i in range(0, 4, 2):
+            words[step % 4 * 4 + i] &= keep
+            words[step % 4 * 4 + i + 1] &= keep_far
+
+    @cuda.jit(device=True)
+    def mask_of(left):
+        """The bits of a word with two tokens' elements of which `left` are there."""
+        if left >= 2:
+            return uint32(0xFFFFFFFF)
+        return uint32(0xFFFF) if left == 1 else uint32(0)
 
     @cuda.jit(device=True)
     def add_tile(acc, m, l, q, ring, at, row, box, x, p, keys, values, R, first, end, scale, like):
         """16 keys, from `row` of a stage on, and their values; 64 channels at once are on their way
         to registers, of the values before the weights are known."""
+        left = int32(end - first - cuda.threadIdx.x % 4 * 2)   # tokens from this lane's first on
+        keep, keep_far = mask_of(left), mask_of(left - 8)
         for i in range(8):
             x[i] = ZERO
         for part in range(D // 64):                            # x (16 heads, 16 keys) = q @ k.T
@@ -4253,23 +4278,20 @@ def make_attend_stages(D, N):
                 mma(x, 0, q, part * 16 + step * 4, keys, step * 4, like)
                 mma(x, 4, q, part * 16 + step * 4, keys, step * 4 + 2, like)
         for step in range(4):
-            load_values(values, ring, at, row, box, step)
+            load_values(values, ring, at, row, box, step, keep, keep_far)
         add_scores(acc, m, l, x, p, R, first, end, scale, like)
         for step in range(D // 16):                            # acc (16 heads, D) += p @ v
             if step >= 4:
-                load_values(values, ring, at, row, box, step)
+                load_values(values, ring, at, row, box, step, keep, keep_far)
             mma(acc, step * 8, p, 0, values, step % 4 * 4, like)
             mma(acc, step * 8 + 4, p, 0, values, step % 4 * 4 + 2, like)
 
     @cuda.jit(device=True)
     def mail_heads(mail, o_mail, stamp, sums, base, g, R, like):
         """The attention of the one token's KV head g, two channels in a letter."""
-        for i in range(cuda.threadIdx.x, R * D, CONSUMERS):
-            o, _, l = joined(sums, base, i // D, i % D, R)
-            value = o / l
-            next_value = shuffle_xor(value, 1)
-            if i % 2 == 0:
-                send(mail, o_mail + (g * R * D + i) // 2, pack(value, next_value, like), stamp)
+        for i in range(cuda.threadIdx.x, R * (D // 2), CONSUMERS):
+            o, next_o, _, l = joined(sums, base, i // (D // 2), i % (D // 2) * 2, R)
+            send(mail, o_mail + g * R * (D // 2) + i, pack(o / l, next_o / l, like), stamp)
 
     @cuda.jit(device=True)
     def open_item(item, turn, b, key, S, G):
@@ -4319,9 +4341,11 @@ def make_attend_stages(D, N):
                 tile_key, at = k + own * 16, first + stage * STAGE_WORDS
                 if own < TILES and tile_key < end:
                     if tile_key + 16 >= S:
-                        patch_tile(ring, at, own * 16 + S - 1 - tile_key, box, fresh, keys)
+                        patch_tile(ring, at, own * 16 + S - 1 - tile_key, box, fresh)
                     add_tile(acc, m, l, q, ring, at, own * 16, box, x, p, keys, values, R, tile_key,
                              end, scale, out)
+                    if tile_key + 16 >= S:
+                        fence_shared()     # before the copy engine fills this place again
                 meet_warp()                # else a stage is given back that a lane still reads
                 if lane == 0:
                     barrier_arrive(barriers, EMPTY + stage)
