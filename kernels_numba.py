@@ -867,6 +867,13 @@ def make_wgmma_from_registers(N, ROWS):
 
 
 @cuda.jit(device=True)
+def thread_index():
+    """cuda.threadIdx.x, of which the compiler then knows that it is not negative: a division by a
+    power of two is a shift, and not ten instructions and registers that a long kernel lacks."""
+    return cuda.threadIdx.x & 1023
+
+
+@cuda.jit(device=True)
 def await_barrier(barriers, i, parity):
     """Waits for the end of the barrier's phase of that parity."""
     while barrier_passed(barriers, i, parity) == uint32(0):
@@ -2925,7 +2932,7 @@ def make_attention_sums(D, IN_ORDER):
     def add_scores(acc, m, l, x, p, R, first, end, scale, like):
         """The online softmax of R heads, 16 keys further: x (16 heads, 16 keys), as mma leaves it,
         becomes weights, packed in p as an A fragment; acc, m and l fit the new maximum."""
-        seen = int32(end - first - cuda.threadIdx.x % 4 * 2)   # keys from this lane's first on
+        seen = int32(end - first - thread_index() % 4 * 2)   # keys from this lane's first on
         for half in range(2):
             p[half], p[2 + half] = uint32(0), uint32(0)
             if R > half * 8:               # of 8 heads or fewer the second half is nobody's
@@ -2952,7 +2959,7 @@ def make_attention_sums(D, IN_ORDER):
     @cuda.jit(device=True)
     def store_sums(sums, base, acc, m, l, R, scale):
         """sums[base:] as (warp, r, D+2): the fragments, then m and l."""
-        lane, warp = cuda.threadIdx.x % WARP, cuda.threadIdx.x // WARP
+        lane, warp = thread_index() % WARP, thread_index() // WARP
         for half in range(2):
             total = l[half] + shuffle_xor(l[half], 1)
             total += shuffle_xor(total, 2)
@@ -2986,7 +2993,7 @@ def make_attention_sums(D, IN_ORDER):
     def join_warps(out, partial, sums, base, b, g, j, R, only):
         """The attention of request b and KV head g itself if j is the context's only split,
         otherwise a part of it."""
-        for i in range(cuda.threadIdx.x, R * (D // 2), WARP * DECODE_WARPS):
+        for i in range(thread_index(), R * (D // 2), WARP * DECODE_WARPS):
             r, place = i // (D // 2), i % (D // 2) * 2
             o, next_o, m, l = joined(sums, base, r, place, R)
             d, next_d = place, place + 1
@@ -3916,7 +3923,7 @@ def arrive(arrivals, meeting):
     """This thread block has come to a meeting: all that its consumers wrote before is visible to
     who waits for it."""
     meet(1, CONSUMERS)                     # else the arrival is counted before all threads wrote
-    if cuda.threadIdx.x == 0:
+    if thread_index() == 0:
         add_release(arrivals, meeting, uint32(1))
 
 
@@ -3933,7 +3940,7 @@ def await_all(arrivals, meeting):
 @cuda.jit(device=True)
 def gather(arrivals, meeting):
     """All consumers wait for a meeting."""
-    if cuda.threadIdx.x == 0:
+    if thread_index() == 0:
         await_all(arrivals, meeting)
     meet(1, CONSUMERS)                     # else a thread reads before the others have arrived
 
@@ -3970,7 +3977,7 @@ def keys_of_stage(D):
 def open_context(turn, row, key, S, P, block_tables):
     """First key and end of the item that lane `turn` has looked up, where its blocks begin in the
     flat block table, and the first 32 of them, one in each lane."""
-    turn, lane = uint32(turn), cuda.threadIdx.x % WARP
+    turn, lane = uint32(turn), thread_index() % WARP
     k = int64(shuffle(uint32(key), turn))
     end = min(k + SPLIT, int64(shuffle(uint32(S), turn)))
     n = (int64(shuffle(uint32(row), turn)) * block_tables.shape[1]
@@ -3984,7 +3991,7 @@ def stream_context(ring, first, stage, stages, parity, barriers, maps, item, lay
     """A warp fills stages with keys and values of all items of this thread block: for each block of
     the cache, its keys and then its values. It may run before this step's own are written: who uses
     them puts those in, see patch_tile."""
-    lane, stride, block = cuda.threadIdx.x % WARP, cuda.gridDim.x, uint32(P)
+    lane, stride, block = thread_index() % WARP, cuda.gridDim.x, uint32(P)
     box = uint32(min(P, KEYS))
     boxes = divide(uint32(KEYS), box)      # of a stage; all in 32 bits, this warp sets the pace
     items = int64(load_word(splits, seq_lens.shape[0])) * G
@@ -4047,7 +4054,7 @@ def await_copies(barriers, stage, parity, stages, pace):
 def stream_weights(ring, first, stages, barriers, plan, pace, maps, num_matrices, D, KEYS, G, P,
                    block_tables, rows, seq_lens, splits):
     """The warp that fills the ring with weights and, for attention, with contexts."""
-    lane, item, stage, parity = cuda.threadIdx.x % WARP, cuda.blockIdx.x, 0, uint32(1)
+    lane, item, stage, parity = thread_index() % WARP, cuda.blockIdx.x, 0, uint32(1)
     for matrix in range(num_matrices):
         kind = kind_of(matrix, num_matrices)
         if kind == O:
@@ -4090,7 +4097,7 @@ def copy_normed(ring, at, source, steps, step_words):
     ring, where it is the first row: its pieces keep their order. What lies in the other rows meets
     nobody, for each is a column of the product."""
     words = cuda.local.array(4, uint32)
-    for piece in range(cuda.threadIdx.x % WARP, steps * 8, WARP):
+    for piece in range(thread_index() % WARP, steps * 8, WARP):
         load_shared(words, 0, ring, source + piece * 4)
         store_shared(ring, at + piece // 8 * step_words + piece % 8 * 4, words, 0)
 
@@ -4099,10 +4106,10 @@ def copy_normed(ring, at, source, steps, step_words):
 def copy_mailed(ring, at, mail, source, steps, step_words, stamp):
     """The same from its letters, mail[source:], as they come."""
     words = cuda.local.array(4, uint32)
-    if cuda.threadIdx.x % WARP == 0:
+    if thread_index() % WARP == 0:
         await_letter(mail, source, stamp)
     meet_warp()
-    for piece in range(cuda.threadIdx.x % WARP, steps * 8, WARP):
+    for piece in range(thread_index() % WARP, steps * 8, WARP):
         missing = True
         while missing:
             missing = False
@@ -4119,7 +4126,7 @@ def stream_tokens(ring, first, x_stages, x_steps, step_words, barriers, plan, ma
     x_steps steps at once. They come with the copy engine, once the meeting has been that says they
     are there. One token comes out of shared memory, where this thread block's consumers normed it,
     or by mail."""
-    lane, item, x_stage, parity = cuda.threadIdx.x % WARP, cuda.blockIdx.x, 0, uint32(1)
+    lane, item, x_stage, parity = thread_index() % WARP, cuda.blockIdx.x, 0, uint32(1)
     x_stage_words, num_splits = x_steps * step_words, int64(load_word(splits, B))
     # only in the kernel for the fewest, so that the others do not contain what they never do
     alone = step_words == DECODE_TOKENS[0] * 32 and B == 1
@@ -4192,7 +4199,7 @@ def make_attend_stages(D, N):
     @cuda.jit(device=True)
     def load_queries(q, qkv, b, g, R, G):
         """R heads as an A fragment, with zeros for the rows past them."""
-        lane, heads = cuda.threadIdx.x % WARP, R * G + 2 * G
+        lane, heads = thread_index() % WARP, R * G + 2 * G
         for half in range(2):
             r = lane // 4 + half * 8
             at = (b * heads + g * R + min(r, R - 1)) * D + lane % 4 * 2
@@ -4204,7 +4211,7 @@ def make_attend_stages(D, N):
     @cuda.jit(device=True)
     def load_group(q, fresh, ring, at, R):
         """Queries, and this step's key and value, as rotate_group has left them."""
-        lane = cuda.threadIdx.x % WARP
+        lane = thread_index() % WARP
         for half in range(2):
             r = lane // 4 + half * 8
             for i in range(CHUNKS):
@@ -4217,7 +4224,7 @@ def make_attend_stages(D, N):
     @cuda.jit(device=True)
     def load_fresh(fresh, k_cache, v_cache, slot, g):
         """Key and value that this step wrote."""
-        lane, G = cuda.threadIdx.x % WARP, k_cache.shape[2]
+        lane, G = thread_index() % WARP, k_cache.shape[2]
         at = (slot * G + g) * D
         for i in range(FRESH):
             piece = lane + i * WARP
@@ -4229,7 +4236,7 @@ def make_attend_stages(D, N):
     @cuda.jit(device=True)
     def patch_tile(ring, at, row, box, fresh):
         """Puts this step's key and value into their row of a stage."""
-        lane = cuda.threadIdx.x % WARP
+        lane = thread_index() % WARP
         for i in range(FRESH):
             piece = lane + i * WARP
             if piece < CHUNKS:
@@ -4241,7 +4248,7 @@ def make_attend_stages(D, N):
     @cuda.jit(device=True)
     def load_keys(words, ring, at, row, box, step):
         """16 channels of 16 keys, from `row` of a stage on."""
-        lane = cuda.threadIdx.x % WARP
+        lane = thread_index() % WARP
         load_matrices(words, step % 4 * 4, ring, at + place_of(
             row + lane // 16 * 8 + lane % 8, step * 2 + lane // 8 % 2, 0, box))
 
@@ -4249,7 +4256,7 @@ def make_attend_stages(D, N):
     def load_values(words, ring, at, row, box, step, keep, keep_far):
         """16 channels of their values, without those of tokens that are not there: these meet a
         weight of 0, but may be NaN."""
-        lane = cuda.threadIdx.x % WARP
+        lane = thread_index() % WARP
         load_matrices_transposed(words, step % 4 * 4, ring, at + place_of(
             row + lane % 16, step * 2 + lane // 16, 1, box))
         for i in range(0, 4, 2):
@@ -4267,7 +4274,7 @@ def make_attend_stages(D, N):
     def add_tile(acc, m, l, q, ring, at, row, box, x, p, keys, values, R, first, end, scale, like):
         """16 keys, from `row` of a stage on, and their values; 64 channels at once are on their way
         to registers, of the values before the weights are known."""
-        left = int32(end - first - cuda.threadIdx.x % 4 * 2)   # tokens from this lane's first on
+        left = int32(end - first - thread_index() % 4 * 2)   # tokens from this lane's first on
         keep, keep_far = mask_of(left), mask_of(left - 8)
         for i in range(8):
             x[i] = ZERO
@@ -4289,7 +4296,7 @@ def make_attend_stages(D, N):
     @cuda.jit(device=True)
     def mail_heads(mail, o_mail, stamp, sums, base, g, R, like):
         """The attention of the one token's KV head g, two channels in a letter."""
-        for i in range(cuda.threadIdx.x, R * (D // 2), CONSUMERS):
+        for i in range(thread_index(), R * (D // 2), CONSUMERS):
             o, next_o, _, l = joined(sums, base, i // (D // 2), i % (D // 2) * 2, R)
             send(mail, o_mail + g * R * (D // 2) + i, pack(o / l, next_o / l, like), stamp)
 
@@ -4318,7 +4325,7 @@ def make_attend_stages(D, N):
         acc = cuda.local.array(OUTS, float32)
         m = cuda.local.array(2, float32)
         l = cuda.local.array(2, float32)
-        lane, warp, stride = cuda.threadIdx.x % WARP, cuda.threadIdx.x // WARP, cuda.gridDim.x
+        lane, warp, stride = thread_index() % WARP, thread_index() // WARP, cuda.gridDim.x
         scale, G, H = LOG2E / math.sqrt(float32(D)), k_cache.shape[2], out.shape[1]
         R, box, turn = int64(divide(uint32(H), uint32(G))), min(k_cache.shape[1], KEYS), 0
         base = int64(0)
@@ -4421,7 +4428,7 @@ def make_forward_decode(D, N):
             place = 0                      # a meeting lies between this sum and the next product
         for b in range(first_b, B, cuda.gridDim.x):
             squares = ZERO
-            for c in range(cuda.threadIdx.x * 8, C, CONSUMERS * 8):
+            for c in range(thread_index() * 8, C, CONSUMERS * 8):
                 load_16_bytes(gains, 0, norms, n * C + c)
                 store_shared(shared_words, c // 2, gains, 0)
                 if n == 0:
@@ -4449,7 +4456,7 @@ def make_forward_decode(D, N):
                     store_16_bytes(new, b * C + c, words, 0)
                 store_shared(shared_words, (C + c) // 2, words, 0)
             scale = inverse_sqrt(block_sum(squares, CONSUMERS) / float32(C) + eps)
-            for c in range(cuda.threadIdx.x * 8, C, CONSUMERS * 8):
+            for c in range(thread_index() * 8, C, CONSUMERS * 8):
                 load_shared(words, 0, shared_words, (C + c) // 2)
                 load_shared(gains, 0, shared_words, c // 2)
                 for i in range(4):
@@ -4487,7 +4494,7 @@ def make_forward_decode(D, N):
         terms = cuda.local.array(HEAD_TERMS, float32)
         turns = cuda.local.array(4, float32)
         B, heads, G = qkv.shape[0], qkv.shape[1], k_cache.shape[2]
-        for unit in range(cuda.blockIdx.x * CONSUMERS + cuda.threadIdx.x, B * heads * (D // 4),
+        for unit in range(cuda.blockIdx.x * CONSUMERS + thread_index(), B * heads * (D // 4),
                           CONSUMERS * cuda.gridDim.x):
             item = int64(divide(uint32(unit), uint32(D // 4)))
             b, i = int64(divide(uint32(item), uint32(heads))), (unit - item * (D // 4)) * 2
@@ -4520,7 +4527,7 @@ def make_forward_decode(D, N):
         turns = cuda.local.array(4, float32)
         B, heads, G = qkv.shape[0], qkv.shape[1], k_cache.shape[2]
         R, place = int64(divide(uint32(heads - 2 * G), uint32(G))), (slot * G + g) * D
-        for unit in range(cuda.threadIdx.x, (R + 2) * (D // 4), CONSUMERS):
+        for unit in range(thread_index(), (R + 2) * (D // 4), CONSUMERS):
             n, i = unit // (D // 4), unit % (D // 4) * 2
             # behind all queries lie the keys, n = R, and then the values
             head, missing = g * R + n if n < R else n * G + g, True
@@ -4551,7 +4558,7 @@ def make_forward_decode(D, N):
         """Sums of a tile to where the next operation reads them: parts, act and logits are flat, of
         shapes (parts, B, num_rows), (B, num_rows / 2) and (B, num_rows); or by mail, as parts. A
         thread holds two rows that are 8 apart, in a tile of gate and up rows a gate and its up."""
-        lane, warp, b = cuda.threadIdx.x % WARP, cuda.threadIdx.x // WARP, first_token
+        lane, warp, b = thread_index() % WARP, thread_index() // WARP, first_token
         if kind == GATE_UP:
             # lanes 4 apart hold neighbouring channels: one of them takes both for one token, the
             # other for the next, so that each stores a whole word
@@ -4597,7 +4604,7 @@ def make_forward_decode(D, N):
                 arrivals, tokens, positions, slots, rows, seq_lens, splits, cos, sin, embed, norms,
                 eps):
         """What the consumers do: all operations, between meetings of all thread blocks."""
-        tid = cuda.threadIdx.x
+        tid = thread_index()
         lane, warp = tid % WARP, tid // WARP
         B, H, G, num_matrices = x.shape[0], o.shape[1], kv_cache.shape[4], kv_cache.shape[1] * 4 + 1
         a_rows = first + warp // 4 * 64 * 32               # of this warpgroup, in stage 0
@@ -4751,7 +4758,7 @@ def make_forward_decode(D, N):
         acc = cuda.local.array(ACCUMULATORS, float32)
         acc_far = cuda.local.array(ACCUMULATORS, float32)  # of tokens from 128 on
         o_mail = mail.shape[0] - o.shape[1] * (D // 2)
-        tid, num_matrices = cuda.threadIdx.x, kv_cache.shape[1] * 4 + 1
+        tid, num_matrices = thread_index(), kv_cache.shape[1] * 4 + 1
         first = first_of_ring(ring, sum_words)
         if tid == 0:
             for stage in range(stages):
