@@ -3372,7 +3372,7 @@ def warp_argmax(value, index):
 
 def chunks_of(B):
     """Chunks of a row of logits that fill the GPU if there are B rows; no result depends on it."""
-    return min(MAX_CHUNKS, max(4, 1024 // B))
+    return min(MAX_CHUNKS, max(8, 1024 // B))
 
 
 @cuda.jit(device=True)
@@ -3448,28 +3448,28 @@ def edit_logits_kernel(scores, chunk_max, chunk_argmax, logits, rows, settings, 
     first = chunk * width
     end = min(first + width, V)
     best, best_v = NEG_INF, first
-    for next_v in range(first + cuda.threadIdx.x, end, EDITS * THREADS):
+    for next_v in range(first + thread_index(), end, EDITS * THREADS):
         for i in range(EDITS):             # all on their way before the first is used
-            raw[i] = logits[b, min(next_v + i * THREADS, V - 1)]
+            v = next_v + i * THREADS
+            raw[i] = logits[b, v] if v < end else NEG_INF
         for i in range(EDITS):
             x, v = raw[i], next_v + i * THREADS
-            bad = not (x < INF)            # NaN compares false
-            if edited and v < end:
-                x += bias[row, v]
-                word = seen[row, v]
-                count = word & (IN_PROMPT - 1)
-                if word > 0:
-                    repetition = settings[row, REPETITION]
-                    x = x / repetition if x > ZERO else x * repetition
-                if count > 0:
-                    x -= settings[row, PRESENCE] + settings[row, FREQUENCY] * float32(count)
-            if temperature > ZERO:
-                x /= temperature
             if (edited or temperature > ZERO) and v < end:
+                if edited:
+                    x += bias[row, v]
+                    word = seen[row, v]
+                    count = word & (IN_PROMPT - 1)
+                    if word > 0:
+                        repetition = settings[row, REPETITION]
+                        x = x / repetition if x > ZERO else x * repetition
+                    if count > 0:
+                        x -= settings[row, PRESENCE] + settings[row, FREQUENCY] * float32(count)
+                if temperature > ZERO:
+                    x /= temperature
                 scores[b, v] = x
-            if bad:
+            if not (raw[i] < INF):         # NaN compares false
                 x = INF
-            if v < end and larger(best, best_v, x, v):
+            if x > best:                   # of equal ones the first stays
                 best, best_v = x, v
     best, best_v = block_argmax(best, best_v)
     if cuda.threadIdx.x == 0:
