@@ -367,6 +367,13 @@ def inverse(x):
         return np.float32(1) / np.float32(x)
 
 
+@instruction("fma.rn.f32 {0}, {1}, {2}, {3};", "=f", "f", "f", "f", keep=False)
+def multiply_add(a, b, c):
+    """a * b + c, rounded once. Of a sum of two products the compiler rounds one by itself, and not
+    in every kernel the same."""
+    return a * b + c
+
+
 @instruction("rsqrt.approx.ftz.f32 {0}, {1};", "=f", "f", keep=False)
 def inverse_sqrt(x):
     """1 / sqrt(x), to 2 bits of the last place."""
@@ -469,6 +476,13 @@ def copy_async(target, i, source, index, size):
     """Starts a copy of 16 bytes to shared memory, past the registers; size 0 writes zeros."""
     values = flat(source)[index:index + 16 // source.dtype.itemsize].view(target.dtype)
     target[i:i + len(values)] = values if size else 0
+
+
+@instruction("cp.async.ca.shared.global [{0}], [{1}], 8;", "shared", "global")
+def copy_8_async(target, i, source, index):
+    """Starts a copy of 8 bytes."""
+    values = flat(source)[index:index + 8 // source.dtype.itemsize].view(target.dtype)
+    target[i:i + len(values)] = values
 
 
 @instruction("cp.async.commit_group;")
@@ -832,7 +846,7 @@ def make_wgmma(N):
         wait=instruction("// {0}\nwgmma.wait_group.sync.aligned 0;", f"+{N // 2}f")(wgmma_wait))
 
 
-WGMMA = {N: make_wgmma(N) for N in (8, 16, 32, 64, 128, 192, 256)}
+WGMMA = {N: make_wgmma(N) for N in (8, 16, 32, 64, 96, 128, 192, 256)}
 
 
 def make_wgmma_from_registers(N, ROWS):
@@ -2957,30 +2971,30 @@ def make_attention_sums(D, IN_ORDER):
                 p[2 + half] = pack(x[half * 2 + 4], x[half * 2 + 5], like)
 
     @cuda.jit(device=True)
-    def store_sums(sums, base, acc, m, l, R, scale):
-        """sums[base:] as (warp, r, D+2): the fragments, then m and l."""
+    def store_sums(sums, acc, m, l, R, scale):
+        """sums as (warp, r, D+2): the fragments, then m and l."""
         lane, warp = thread_index() % WARP, thread_index() // WARP
         for half in range(2):
             total = l[half] + shuffle_xor(l[half], 1)
             total += shuffle_xor(total, 2)
             r = lane // 4 + half * 8
             if r < R:
-                at = base + (warp * R + r) * (D + 2)
+                at = (warp * R + r) * (D + 2)
                 for n in range(OUTS // 4):
                     store_2_shared(sums, at + n * 8 + lane % 4 * 2, acc[n * 4 + half * 2],
                                    acc[n * 4 + half * 2 + 1])
                 store_2_shared(sums, at + D, m[half] * scale, total)
 
     @cuda.jit(device=True)
-    def joined(sums, base, r, place, R):
-        """The sums of all warps, sums[base:] as (DECODE_WARPS, R, D+2), together: o at a place of
-        the fragments and at the next, m and l."""
+    def joined(sums, r, place, R):
+        """The sums of all warps, (DECODE_WARPS, R, D+2), together: o at a place of the fragments
+        and at the next, m and l."""
         m, l, o, next_o = NEG_INF, ZERO, ZERO, ZERO
         for w in range(DECODE_WARPS):
-            warp_m, _ = load_2_shared(sums, base + (w * R + r) * (D + 2) + D)
+            warp_m, _ = load_2_shared(sums, (w * R + r) * (D + 2) + D)
             m = max(m, warp_m)
         for w in range(DECODE_WARPS):
-            at = base + (w * R + r) * (D + 2)
+            at = (w * R + r) * (D + 2)
             warp_m, warp_l = load_2_shared(sums, at + D)
             warp_o, warp_next_o = load_2_shared(sums, at + place)
             weight = exp2(warp_m - m)                          # a warp without keys has m = -inf
@@ -2990,12 +3004,12 @@ def make_attention_sums(D, IN_ORDER):
         return o, next_o, m, l
 
     @cuda.jit(device=True)
-    def join_warps(out, partial, sums, base, b, g, j, R, only):
+    def join_warps(out, partial, sums, b, g, j, R, only):
         """The attention of request b and KV head g itself if j is the context's only split,
         otherwise a part of it."""
         for i in range(thread_index(), R * (D // 2), WARP * DECODE_WARPS):
             r, place = i // (D // 2), i % (D // 2) * 2
-            o, next_o, m, l = joined(sums, base, r, place, R)
+            o, next_o, m, l = joined(sums, r, place, R)
             d, next_d = place, place + 1
             if not IN_ORDER:
                 d = place // 64 * 64 + place % 8 * 8 + place // 8 % 8
@@ -3130,10 +3144,10 @@ def make_attend_splits(D):
                         load_tile(words, i * TILE_WORDS, k_cache, v_cache, block_tables, tile_row,
                                   tile_g, ahead + i * width, limit)
                 s += TILES * width
-            store_sums(sums, 0, acc, m, l, R, scale)
+            store_sums(sums, acc, m, l, R, scale)
             cuda.syncthreads()             # else a warp's sums are read before they are written
             only = load_word(splits, b + 1) - load_word(splits, b) == 1
-            join_warps(out, partial, sums, 0, b, g, j, R, only)
+            join_warps(out, partial, sums, b, g, j, R, only)
             cuda.syncthreads()             # else the next item overwrites sums still being read
             b, row, first, S, end, g, j = (next_b, next_row, next_first, next_S, next_end, next_g,
                                            next_j)
@@ -3801,7 +3815,7 @@ DECODE_GROUPS = DECODE_WARPS // 4          # warpgroups of consumers; each has 6
 CONSUMERS = WARP * DECODE_WARPS            # threads
 TILE_ROWS = 64 * DECODE_GROUPS
 STAGE_WORDS = TILE_ROWS * 32               # 64 elements of each row
-DECODE_TOKENS = 8, 16, 32, 64, 128, 256    # there is a kernel for up to so many tokens each
+DECODE_TOKENS = 8, 16, 32, 64, 128, 192, 256   # there is a kernel for up to so many tokens each
 MAX_DECODE_TOKENS = max(DECODE_TOKENS)
 MAX_PARTS = 2 if SIMULATOR else 8          # of a matrix's K
 MULTIPROCESSORS = 2 if SIMULATOR else 132  # that the parts are made for; they must not depend on
@@ -3824,9 +3838,9 @@ FAST = 3                                   # stages of weights on their way at o
 MAIL_TOKENS = 16                           # for so many, at most, q, k and v go by mail
 # what is there when all thread blocks have met for the n-th time in a layer; past the layers the
 # first comes once more, for the last norm. With few tokens nobody comes to some of these.
-(NORMED, QKV_MADE, ROTATED, SPLITS_ATTENDED, ATTENDED, O_MADE, NORMED_AGAIN, ACTIVATED,
- DOWN_MADE) = range(9)
-MEETINGS = 9
+(NORMED, QKV_MADE, SPLITS_ATTENDED, ATTENDED, O_MADE, NORMED_AGAIN, ACTIVATED,
+ DOWN_MADE) = range(8)
+MEETINGS = 8
 
 
 def layer_size(H, G, D, C, F):
@@ -3884,28 +3898,29 @@ def mail_size(H, G, D, C):
     return MAIL_TOKENS * parts_of(rows, C) * rows + H * D // 2
 
 
-def forward_decode_ref(logits, x, h, qkv, o, act, kv_cache, parts, partial, mail, arrivals,
-                       tokens, positions, slots, rows, seq_lens, splits, block_tables, cos, sin,
-                       embed, norms, matrices, eps):
+def forward_decode_ref(logits, x, h, o, act, kv_cache, parts, partial, mail, arrivals, tokens,
+                       slots, rows, seq_lens, splits, block_tables, cos, sin, embed, norms,
+                       matrices, eps):
     """Logits of one token for each request: the whole transformer.
 
-    logits (B, V) f32 and x (B, C) written; h (B, C), qkv (B, H+2G, D), o (B, H, D) and act (B, F)
-    are workspace; kv_cache (2, L, blocks, P, G, D) appended to; parts (parts_size,), partial
-    (J, H, D+2), mail (mail_size,) u64 and arrivals (9L+3,) u32 are the kernel's own, at first 0,
-    and the last of arrivals counts its launches; tokens, positions, slots, rows, seq_lens (B,) i32,
-    splits and block_tables as begin_decode leaves them; embed (V, C); norms (2L+1, C): before
-    attention and MLP of each layer, and the last; matrices: see matrices_of_layer.
+    logits (B, V) f32 and x (B, C) written; h (B, C), o (B, H, D) and act (B, F) are workspace;
+    kv_cache (2, L, blocks, P, G, D) appended to; parts (parts_size,), partial (J, H, D+2), mail
+    (mail_size,) u64 and arrivals (8L+3,) u32 are the kernel's own, at first 0, and the last of
+    arrivals counts its launches; tokens, slots, rows, seq_lens (B,) i32, splits and block_tables
+    as begin_decode leaves them; embed (V, C); norms (2L+1, C): before attention and MLP of each
+    layer, and the last; matrices: see matrices_of_layer.
     """
     B, (H, D), G, C, F = len(x), o.shape[1:], kv_cache.shape[4], x.shape[1], act.shape[1]
-    delta, flat_qkv, gate_up = np.empty_like(x), qkv.reshape(B, -1), np.empty((B, 2 * F), x.dtype)
+    delta, gate_up = np.empty_like(x), np.empty((B, 2 * F), x.dtype)
+    qkv = np.empty((B, H + 2 * G, D), x.dtype)
     starts = np.arange(B + 1, dtype=np.int32)
     embedding_ref(x, tokens, embed)
     k_cache, v_cache = kv_cache[0], kv_cache[1]
     for l in range(len(k_cache)):
         wqkv, wo, w_gate_up, w_down = matrices_of_layer(matrices, l, H, G, D, C, F)
         rmsnorm_ref(h, x, norms[2 * l], eps)
-        matmul_ref(flat_qkv, h, wqkv)
-        rope_write_kv_ref(qkv, k_cache[l], v_cache[l], cos, sin, positions, slots)
+        matmul_ref(qkv.reshape(B, -1), h, wqkv)
+        rope_write_kv_ref(qkv, k_cache[l], v_cache[l], cos, sin, seq_lens - 1, slots)
         paged_attention_ref(o, qkv, k_cache[l], v_cache[l], block_tables, rows, starts, seq_lens,
                             splits, partial)
         matmul_ref(delta, o.reshape(B, -1), wo)
@@ -4186,8 +4201,7 @@ def make_attend_stages(D, N):
     KEYS = keys_of_stage(D)
     TILES, CHUNKS = KEYS // 16, D // 8                 # of a stage; 16-byte pieces of a token
     Q_WORDS, OUTS = D // 16 * 4, D // 8 * 4            # registers of queries and of sums
-    FRESH = ceil_div(2 * CHUNKS, WARP)
-    FRESH_WORDS = FRESH * 4
+    HEAD_TERMS = MAX_PARTS * 4
 
     @cuda.jit(device=True)
     def place_of(row, chunk, values, box):
@@ -4197,52 +4211,117 @@ def make_attend_stages(D, N):
         return chunk // 8 * (KEYS * 64) + line * 32 + ((chunk ^ line) & 7) * 4
 
     @cuda.jit(device=True)
-    def load_queries(q, qkv, b, g, R, G):
-        """R heads as an A fragment, with zeros for the rows past them."""
-        lane, heads = thread_index() % WARP, R * G + 2 * G
-        for half in range(2):
-            r = lane // 4 + half * 8
-            at = (b * heads + g * R + min(r, R - 1)) * D + lane % 4 * 2
-            for i in range(CHUNKS):
-                q[i // 2 * 4 + i % 2 * 2 + half] = uint32(0)
-                if r < R:
-                    q[i // 2 * 4 + i % 2 * 2 + half] = load_word(qkv, at + i * 8)
+    def look_up(item, G, seq_lens, splits, rows, slots):
+        """Of an item: request, first key and length of its context, split and KV head, and the slot
+        of the context's last token, which is new. Each lane of a warp asks for another of the
+        thread block's next 32 items: one after another this would take longer than the items."""
+        b, _, key, S = locate(item, G, seq_lens, splits, rows, SPLIT)
+        j = divide(uint32(item), uint32(G))
+        return (uint32(b), uint32(key), uint32(S), j, uint32(uint32(item) - uint32(j * uint32(G))),
+                load_word(slots, b))
 
     @cuda.jit(device=True)
-    def load_group(q, fresh, ring, at, R):
-        """Queries, and this step's key and value, as rotate_group has left them."""
+    def unit_of_group(unit, g, R, G):
+        """A group is what is new of an item: the R query heads of a KV head, its key and its value.
+        A unit of it is two channels of each half of a head, for those are rotated together: which
+        head of the group, which of all, where behind the queries lie the keys and then the values,
+        and the first channel."""
+        n = unit // (D // 4)
+        return n, g * R + n if n < R else n * G + g, unit % (D // 4) * 2
+
+    @cuda.jit(device=True)
+    def fetch_group(sums, at, first_unit, b, g, position, B, R, G, parts, num_parts, cos, sin):
+        """Starts copies of what rotate_group needs to sums[at:]: the parts of each unit, then its
+        cosines and sines, but for values. Each thread fetches what it will use itself, so that
+        nobody waits for another."""
+        units, heads = (R + 2) * (D // 4), (R + 2) * G
+        for unit in range(first_unit, units, CONSUMERS):
+            n, head, i = unit_of_group(unit, g, R, G)
+            place, source = at + unit * 2, (b * heads + head) * D + i          # in part 0
+            for p in range(MAX_PARTS):
+                if p < num_parts:
+                    copy_8_async(sums, place, parts, source + p * B * heads * D)
+                    copy_8_async(sums, place + units * 2, parts,
+                                 source + p * B * heads * D + D // 2)
+                    place += units * 4
+            if n <= R:
+                copy_8_async(sums, place, cos, position * (D // 2) + i)
+                copy_8_async(sums, place + (R + 1) * (D // 2), sin, position * (D // 2) + i)
+        copies_commit()
+
+    @cuda.jit(device=True)
+    def rotate_group(ring, at, sums, fetched, first_unit, b, g, slot, position, B, R, k_cache,
+                     v_cache, num_parts, mail, mailed, stamp, cos, sin):
+        """The group of KV head g of request b, from what fetch_group brought or from letters, to
+        ring[at:] as (R+2, D), and key and value to their block, too; splits of one context write
+        the same there. A thread has the units from first_unit on, CONSUMERS apart."""
+        terms = cuda.local.array(HEAD_TERMS, float32)
+        turns = cuda.local.array(4, float32)
+        G = k_cache.shape[2]
+        units, heads, place = (R + 2) * (D // 4), (R + 2) * G, (slot * G + g) * D
+        for unit in range(first_unit, units, CONSUMERS):
+            n, head, i = unit_of_group(unit, g, R, G)
+            if N <= MAIL_TOKENS and mailed:
+                load_2_floats(turns, 0, cos, position * (D // 2) + i)
+                load_2_floats(turns, 2, sin, position * (D // 2) + i)
+                letter, missing = (b * heads + head) * D + i, True             # in part 0
+                await_letter(mail, letter, stamp)
+                while missing:
+                    missing = False
+                    for p in range(MAX_PARTS):
+                        if p < num_parts:
+                            for c in range(4):
+                                word, sent = receive(mail, letter + p * B * heads * D
+                                                     + c // 2 * (D // 2) + c % 2)
+                                terms[p * 4 + c] = float_of(word)
+                                missing |= sent != stamp
+            else:
+                copies_wait_all()
+                term = fetched + unit * 2
+                for p in range(MAX_PARTS):
+                    if p < num_parts:
+                        terms[p * 4], terms[p * 4 + 1] = load_2_shared(sums, term)
+                        terms[p * 4 + 2], terms[p * 4 + 3] = load_2_shared(sums, term + units * 2)
+                        term += units * 4
+                if n <= R:
+                    turns[0], turns[1] = load_2_shared(sums, term)
+                    turns[2], turns[3] = load_2_shared(sums, term + (R + 1) * (D // 2))
+            for p in range(1, MAX_PARTS):
+                if p < num_parts:
+                    for c in range(4):
+                        terms[c] += terms[p * 4 + c]
+            # subtle: an element before it is rotated, as in every rung
+            one, two = pack(terms[0], terms[1], k_cache), pack(terms[2], terms[3], k_cache)
+            if n <= R:
+                low, low_1 = low_element(one, k_cache), high_element(one, k_cache)
+                high, high_1 = low_element(two, k_cache), high_element(two, k_cache)
+                one = pack(multiply_add(low, turns[0], -high * turns[2]),
+                           multiply_add(low_1, turns[1], -high_1 * turns[3]), k_cache)
+                two = pack(multiply_add(high, turns[0], low * turns[2]),
+                           multiply_add(high_1, turns[1], low_1 * turns[3]), k_cache)
+            ring[at + (n * D + i) // 2] = one
+            ring[at + (n * D + D // 2 + i) // 2] = two
+            if n == R:
+                store_word(k_cache, place + i, one)
+                store_word(k_cache, place + D // 2 + i, two)
+            elif n > R:
+                store_word(v_cache, place + i, one)
+                store_word(v_cache, place + D // 2 + i, two)
+
+    @cuda.jit(device=True)
+    def load_queries(q, ring, at, R):
+        """R heads as A fragments; rows past them repeat the last, and nobody reads their sums."""
         lane = thread_index() % WARP
-        for half in range(2):
-            r = lane // 4 + half * 8
-            for i in range(CHUNKS):
-                word = ring[at + min(r, R) * (D // 2) + lane % 4 + i * 4]
-                q[i // 2 * 4 + i % 2 * 2 + half] = word if r < R else uint32(0)
-        for i in range(FRESH):
-            load_shared(fresh, i * 4, ring, at + R * (D // 2) + min(lane + i * WARP, 2 * CHUNKS - 1)
-                        * 4)
+        row = at + min(lane % 16, R - 1) * (D // 2) + lane // 16 * 4
+        for step in range(D // 16):
+            load_matrices(q, step * 4, ring, row + step * 8)
 
     @cuda.jit(device=True)
-    def load_fresh(fresh, k_cache, v_cache, slot, g):
-        """Key and value that this step wrote."""
-        lane, G = thread_index() % WARP, k_cache.shape[2]
-        at = (slot * G + g) * D
-        for i in range(FRESH):
-            piece = lane + i * WARP
-            if piece < CHUNKS:
-                load_16_bytes(fresh, i * 4, k_cache, at + piece * 8)
-            elif piece < 2 * CHUNKS:
-                load_16_bytes(fresh, i * 4, v_cache, at + (piece - CHUNKS) * 8)
-
-    @cuda.jit(device=True)
-    def patch_tile(ring, at, row, box, fresh):
-        """Puts this step's key and value into their row of a stage."""
-        lane = thread_index() % WARP
-        for i in range(FRESH):
-            piece = lane + i * WARP
-            if piece < CHUNKS:
-                store_shared(ring, at + place_of(row, piece, 0, box), fresh, i * 4)
-            elif piece < 2 * CHUNKS:
-                store_shared(ring, at + place_of(row, piece - CHUNKS, 1, box), fresh, i * 4)
+    def patch_tile(ring, at, row, box, new, words):
+        """Puts this step's key and value, which lie at ring[new:], into their row of a stage."""
+        for piece in range(thread_index() % WARP, 2 * CHUNKS, WARP):
+            load_shared(words, 0, ring, new + piece * 4)
+            store_shared(ring, at + place_of(row, piece % CHUNKS, piece // CHUNKS, box), words, 0)
         meet_warp()
 
     @cuda.jit(device=True)
@@ -4294,30 +4373,25 @@ def make_attend_stages(D, N):
             mma(acc, step * 8 + 4, p, 0, values, step % 4 * 4 + 2, like)
 
     @cuda.jit(device=True)
-    def mail_heads(mail, o_mail, stamp, sums, base, g, R, like):
+    def mail_heads(mail, o_mail, stamp, sums, g, R, like):
         """The attention of the one token's KV head g, two channels in a letter."""
         for i in range(thread_index(), R * (D // 2), CONSUMERS):
-            o, next_o, _, l = joined(sums, base, i // (D // 2), i % (D // 2) * 2, R)
+            o, next_o, _, l = joined(sums, i // (D // 2), i % (D // 2) * 2, R)
             send(mail, o_mail + g * R * (D // 2) + i, pack(o / l, next_o / l, like), stamp)
 
     @cuda.jit(device=True)
-    def open_item(item, turn, b, key, S, G):
-        """Request, first key, length, split and KV head of an item, from the lane that has it."""
-        turn, j = uint32(turn), int64(divide(uint32(item), uint32(G)))
-        return (int64(shuffle(uint32(b), turn)), int64(shuffle(uint32(key), turn)),
-                int64(shuffle(uint32(S), turn)), j, item - j * G)
-
-    @cuda.jit(device=True)
     def attend_stages(out, partial, sums, ring, first, stage, stages, parity, barriers, item,
-                      lane_b, lane_key, lane_S, lane_slot, qkv_mailed, group_words, mail, o_mail,
-                      stamp, qkv, k_cache, v_cache, slots, rows, seq_lens, items, splits):
-        """Attention of this thread block's items, whose contexts stream_context brings: request,
-        first key and length of the next 32, one in each lane, as there. All warps work on an item,
-        a warp on every DECODE_WARPS-th tile of 16 keys; each warp waits for each stage and gives
-        it back, for the ring has one order. qkv_mailed: there is one item at most, and what it
-        needs of this step lies at group_words."""
+                      k_cache, v_cache, parts, num_parts, mail, mailed, stamp, o_mail, arrivals,
+                      made, cos, sin, slots, rows, seq_lens, items, splits):
+        """Attention of this thread block's items, whose contexts stream_context brings. All warps
+        work on an item, a warp on every DECODE_WARPS-th tile of 16 keys; each warp waits for each
+        stage and gives it back, for the ring has one order.
+
+        Behind the sums lie the parts of a group, as fetched, and two groups: while the first
+        threads join the sums of an item, the last ones rotate for the item after the next, whose
+        parts they have fetched during its tiles. mailed: there is one item at most, and its parts
+        come by mail; otherwise the meeting `made` says that all are there."""
         q = cuda.local.array(Q_WORDS, uint32)
-        fresh = cuda.local.array(FRESH_WORDS, uint32)
         keys = cuda.local.array(16, uint32)
         values = cuda.local.array(16, uint32)
         x = cuda.local.array(8, float32)
@@ -4325,18 +4399,46 @@ def make_attend_stages(D, N):
         acc = cuda.local.array(OUTS, float32)
         m = cuda.local.array(2, float32)
         l = cuda.local.array(2, float32)
-        lane, warp, stride = thread_index() % WARP, thread_index() // WARP, cuda.gridDim.x
+        tid, stride = thread_index(), cuda.gridDim.x
+        lane, warp = tid % WARP, tid // WARP
         scale, G, H = LOG2E / math.sqrt(float32(D)), k_cache.shape[2], out.shape[1]
-        R, box, turn = int64(divide(uint32(H), uint32(G))), min(k_cache.shape[1], KEYS), 0
-        base = int64(0)
-        b, k, S, j, g = open_item(item, turn, lane_b, lane_key, lane_S, G)
-        if N <= MAIL_TOKENS and qkv_mailed and item < items:
-            load_group(q, fresh, ring, group_words, R)
-        elif item < items:
-            load_queries(q, qkv, b, g, R, G)
-            load_fresh(fresh, k_cache, v_cache, int64(shuffle(lane_slot, uint32(turn))), g)
+        B, R = seq_lens.shape[0], int64(divide(uint32(H), uint32(G)))
+        box = min(k_cache.shape[1], KEYS)
+        # see sum_words_of
+        fetched_words = (num_parts * (R + 2) + R + 1) * D
+        fetched = max(DECODE_WARPS * R * (D + 2), fetched_words)
+        group, group_words = fetched + fetched_words, (R + 2) * (D // 2)
+        turn = 0
+        all_b, all_keys, all_S, all_j, all_g, all_slots = look_up(
+            item + lane * stride, G, seq_lens, splits, rows, slots)
+        if item < items and not mailed:
+            gather(arrivals, made)
+        for n in range(2):
+            if item + n * stride < items and not mailed:
+                # the second to the place of the sums, and by other threads
+                fetch_group(sums, 0 if n else fetched, CONSUMERS - 1 - tid if n else tid,
+                            int64(shuffle(all_b, uint32(n))), int64(shuffle(all_g, uint32(n))),
+                            int64(shuffle(all_S, uint32(n))) - 1, B, R, G, parts, num_parts, cos,
+                            sin)
+        for n in range(2):
+            if item + n * stride < items:
+                rotate_group(ring, group + n * group_words, sums, 0 if n else fetched,
+                             CONSUMERS - 1 - tid if n else tid, int64(shuffle(all_b, uint32(n))),
+                             int64(shuffle(all_g, uint32(n))), int64(shuffle(all_slots, uint32(n))),
+                             int64(shuffle(all_S, uint32(n))) - 1, B, R, k_cache, v_cache,
+                             num_parts, mail, mailed and n == 0, stamp, cos, sin)
+        meet(1, CONSUMERS)                 # else a warp reads what another has not yet written
         while item < items:
+            this, ahead = uint32(turn), uint32(turn + 2)
+            b, j, g = shuffle(all_b, this), shuffle(all_j, this), shuffle(all_g, this)
+            k, S = int64(shuffle(all_keys, this)), int64(shuffle(all_S, this))
             end = min(k + SPLIT, S)
+            new = group + (turn & 1) * group_words
+            load_queries(q, ring, new, R)
+            if item + 2 * stride < items:
+                fetch_group(sums, fetched, CONSUMERS - 1 - tid, int64(shuffle(all_b, ahead)),
+                            int64(shuffle(all_g, ahead)), int64(shuffle(all_S, ahead)) - 1, B, R, G,
+                            parts, num_parts, cos, sin)
             for half in range(2):
                 m[half], l[half] = NEG_INF, ZERO
             for i in range(OUTS):
@@ -4347,11 +4449,13 @@ def make_attend_stages(D, N):
                 own = (warp - tile) & (DECODE_WARPS - 1)       # this warp's tile of the stage
                 tile_key, at = k + own * 16, first + stage * STAGE_WORDS
                 if own < TILES and tile_key < end:
-                    if tile_key + 16 >= S:
-                        patch_tile(ring, at, own * 16 + S - 1 - tile_key, box, fresh)
+                    newest = tile_key + 16 >= S                # the tile with this step's token
+                    if newest:
+                        patch_tile(ring, at, own * 16 + S - 1 - tile_key, box,
+                                   new + R * (D // 2), keys)
                     add_tile(acc, m, l, q, ring, at, own * 16, box, x, p, keys, values, R, tile_key,
                              end, scale, out)
-                    if tile_key + 16 >= S:
+                    if newest:
                         fence_shared()     # before the copy engine fills this place again
                 meet_warp()                # else a stage is given back that a lane still reads
                 if lane == 0:
@@ -4359,27 +4463,24 @@ def make_attend_stages(D, N):
                 stage, parity = next_stage(stage, parity, stages)
                 k += KEYS
                 tile += TILES
-            item += stride
-            turn += 1
-            if turn == WARP:
-                turn = 0
-                lane_b, _, lane_key, lane_S = locate(item + lane * stride, G, seq_lens, splits,
-                                                     rows, SPLIT)
-                lane_slot = load_word(slots, lane_b)
-            done, done_j, done_g, only = b, j, g, S <= SPLIT
-            b, k, S, j, g = open_item(item, turn, lane_b, lane_key, lane_S, G)
-            if item < items:               # on their way during the join
-                load_queries(q, qkv, b, g, R, G)
-                load_fresh(fresh, k_cache, v_cache, int64(shuffle(lane_slot, uint32(turn))), g)
-            store_sums(sums, base, acc, m, l, R, scale)
+            meet(1, CONSUMERS)             # else sums of the item before are overwritten
+            store_sums(sums, acc, m, l, R, scale)
             meet(1, CONSUMERS)             # else a warp's sums are read before they are written
             if N == DECODE_TOKENS[0] and items == G:
-                mail_heads(mail, o_mail, stamp, sums, base, done_g, R, out)
+                mail_heads(mail, o_mail, stamp, sums, int64(g), R, out)
             else:
-                join_warps(out, partial, sums, base, done, done_g, done_j, R, only)
-            # sums have two places: before this one is used again, all have met for the next item.
-            # Where there is one item at most, group_words are the second
-            base = DECODE_WARPS * R * (D + 2) - base
+                join_warps(out, partial, sums, int64(b), int64(g), int64(j), R, S <= SPLIT)
+            if item + 2 * stride < items:
+                rotate_group(ring, new, sums, fetched, CONSUMERS - 1 - tid,
+                             int64(shuffle(all_b, ahead)), int64(shuffle(all_g, ahead)),
+                             int64(shuffle(all_slots, ahead)), int64(shuffle(all_S, ahead)) - 1, B,
+                             R, k_cache, v_cache, num_parts, mail, False, stamp, cos, sin)
+            item += stride
+            turn += 1
+            if turn == WARP - 2:           # no lane knows the item after the next
+                turn = 0
+                all_b, all_keys, all_S, all_j, all_g, all_slots = look_up(
+                    item + lane * stride, G, seq_lens, splits, rows, slots)
         return item - items, stage, parity
     return attend_stages
 
@@ -4394,13 +4495,18 @@ def x_stage_words_of(N):
     return x_steps_of(N) * N * 32
 
 
+def columns_of(N):
+    """Tokens of one wgmma: all, or half of more than 128."""
+    return N if N <= 128 else N // 2
+
+
 def make_forward_decode(D, N):
     """The kernel for one head_dim and up to N tokens."""
-    attend_stages, wgmma = make_attend_stages(D, N), WGMMA[min(N, 128)].add
-    wgmma_wait = WGMMA[min(N, 128)].wait
-    KEYS, ACCUMULATORS = keys_of_stage(D), min(N, 128) // 2
+    attend_stages, wgmma = make_attend_stages(D, N), WGMMA[columns_of(N)].add
+    wgmma_wait, COLUMNS = WGMMA[columns_of(N)].wait, columns_of(N)
+    KEYS, ACCUMULATORS = keys_of_stage(D), COLUMNS // 2
     X_STEPS, X_STAGE_WORDS = x_steps_of(N), x_stage_words_of(N)
-    NORM_TERMS, HEAD_TERMS = MAX_PARTS * 8, MAX_PARTS * 4
+    NORM_TERMS = MAX_PARTS * 8
     SLOW = 1 if N <= MAIL_TOKENS else 2    # more tokens take longer with a stage
 
     @cuda.jit(device=True)
@@ -4451,7 +4557,7 @@ def make_forward_decode(D, N):
                                         high_element(words[i], x) + high_element(delta, x), x)
                 for i in range(4):
                     low, high = low_element(words[i], x), high_element(words[i], x)
-                    squares += low * low + high * high
+                    squares += multiply_add(high, high, low * low)
                 if cuda.blockIdx.x == 0 or not alone:
                     store_16_bytes(new, b * C + c, words, 0)
                 store_shared(shared_words, (C + c) // 2, words, 0)
@@ -4468,89 +4574,6 @@ def make_forward_decode(D, N):
                     store_shared(shared_words, (C + c) // 2, words, 0)
                 else:
                     store_16_bytes(h, b * C + c, words, 0)
-
-    @cuda.jit(device=True)
-    def rotate(terms, num_parts, turns, cos, sin, position, i, rotated, like):
-        """Channels i, i+1 and those D/2 behind them of a head, a word each, from their parts."""
-        load_2_floats(turns, 0, cos, position * (D // 2) + i)
-        load_2_floats(turns, 2, sin, position * (D // 2) + i)
-        for p in range(1, MAX_PARTS):
-            if p < num_parts:
-                for n in range(4):
-                    terms[n] += terms[p * 4 + n]
-        # subtle: an element before it is rotated, as in every rung
-        one, two = pack(terms[0], terms[1], like), pack(terms[2], terms[3], like)
-        if rotated:
-            low, low_1 = low_element(one, like), high_element(one, like)
-            high, high_1 = low_element(two, like), high_element(two, like)
-            one = pack(low * turns[0] - high * turns[2], low_1 * turns[1] - high_1 * turns[3], like)
-            two = pack(high * turns[0] + low * turns[2], high_1 * turns[1] + low_1 * turns[3], like)
-        return one, two
-
-    @cuda.jit(device=True)
-    def rotate_all(qkv, k_cache, v_cache, parts, num_parts, cos, sin, positions, slots):
-        """The heads of q, k and v from parts: q and k rotated; q to qkv, k and v to their blocks. A
-        thread takes two channels of each half of a head."""
-        terms = cuda.local.array(HEAD_TERMS, float32)
-        turns = cuda.local.array(4, float32)
-        B, heads, G = qkv.shape[0], qkv.shape[1], k_cache.shape[2]
-        for unit in range(cuda.blockIdx.x * CONSUMERS + thread_index(), B * heads * (D // 4),
-                          CONSUMERS * cuda.gridDim.x):
-            item = int64(divide(uint32(unit), uint32(D // 4)))
-            b, i = int64(divide(uint32(item), uint32(heads))), (unit - item * (D // 4)) * 2
-            head, slot = item - b * heads, int64(load_word(slots, b)) * G
-            for p in range(MAX_PARTS):
-                if p < num_parts:
-                    at = (p * B * heads + item) * D + i
-                    load_2_floats(terms, p * 4, parts, at)
-                    load_2_floats(terms, p * 4 + 2, parts, at + D // 2)
-            one, two = rotate(terms, num_parts, turns, cos, sin, int64(load_word(positions, b)), i,
-                              head < heads - G, qkv)
-            if head < heads - 2 * G:
-                store_word(qkv, item * D + i, one)
-                store_word(qkv, item * D + D // 2 + i, two)
-            elif head < heads - G:
-                at = (slot + head - (heads - 2 * G)) * D + i
-                store_word(k_cache, at, one)
-                store_word(k_cache, at + D // 2, two)
-            else:
-                at = (slot + head - (heads - G)) * D + i
-                store_word(v_cache, at, one)
-                store_word(v_cache, at + D // 2, two)
-
-    @cuda.jit(device=True)
-    def rotate_group(ring, at, qkv, k_cache, v_cache, mail, stamp, num_parts, cos, sin, b, slot,
-                     position, g):
-        """KV head g of a request as its parts come by mail: ring[at:] as (R+2, D) has the query
-        heads that share it, its key and its value; these two go to their block, too."""
-        terms = cuda.local.array(HEAD_TERMS, float32)
-        turns = cuda.local.array(4, float32)
-        B, heads, G = qkv.shape[0], qkv.shape[1], k_cache.shape[2]
-        R, place = int64(divide(uint32(heads - 2 * G), uint32(G))), (slot * G + g) * D
-        for unit in range(thread_index(), (R + 2) * (D // 4), CONSUMERS):
-            n, i = unit // (D // 4), unit % (D // 4) * 2
-            # behind all queries lie the keys, n = R, and then the values
-            head, missing = g * R + n if n < R else n * G + g, True
-            letter = (b * heads + head) * D + i                # in part 0
-            await_letter(mail, letter, stamp)
-            while missing:
-                missing = False
-                for p in range(MAX_PARTS):
-                    if p < num_parts:
-                        for c in range(4):
-                            word, sent = receive(mail, letter + p * B * heads * D
-                                                 + c // 2 * (D // 2) + c % 2)
-                            terms[p * 4 + c] = float_of(word)
-                            missing |= sent != stamp
-            one, two = rotate(terms, num_parts, turns, cos, sin, position, i, n <= R, qkv)
-            ring[at + (n * D + i) // 2] = one
-            ring[at + (n * D + D // 2 + i) // 2] = two
-            if n == R:
-                store_word(k_cache, place + i, one)
-                store_word(k_cache, place + D // 2 + i, two)
-            elif n > R:
-                store_word(v_cache, place + i, one)
-                store_word(v_cache, place + D // 2 + i, two)
 
     @cuda.jit(device=True)
     def store_tile(acc, first_token, kind, tile, part, num_rows, B, parts, act, logits,
@@ -4600,17 +4623,14 @@ def make_forward_decode(D, N):
 
     @cuda.jit(device=True)
     def consume(ring, sums, first, stages, num_x_stages, barriers, plan, pace, acc, acc_far,
-                flat_logits, x, h, qkv, o, flat_act, kv_cache, parts, partial, mail, o_mail,
-                arrivals, tokens, positions, slots, rows, seq_lens, splits, cos, sin, embed, norms,
-                eps):
+                flat_logits, x, h, o, flat_act, kv_cache, parts, partial, mail, o_mail, arrivals,
+                tokens, slots, rows, seq_lens, splits, cos, sin, embed, norms, eps):
         """What the consumers do: all operations, between meetings of all thread blocks."""
         tid = thread_index()
         lane, warp = tid % WARP, tid // WARP
         B, H, G, num_matrices = x.shape[0], o.shape[1], kv_cache.shape[4], kv_cache.shape[1] * 4 + 1
         a_rows = first + warp // 4 * 64 * 32               # of this warpgroup, in stage 0
         first_x_stage, used_stage, used_x_stage = first + stages * STAGE_WORDS, 0, 0
-        # where the second place for sums begins
-        group_words = DECODE_WARPS * int64(divide(uint32(H), uint32(G))) * (D + 2)
         item, stage, parity, x_stage, x_parity = cuda.blockIdx.x, 0, uint32(0), 0, uint32(0)
         num_splits = int64(load_word(splits, B))
         items = num_splits * G                                 # of attention
@@ -4623,31 +4643,11 @@ def make_forward_decode(D, N):
             kind, layer = kind_of(matrix, num_matrices), matrix >> 2
             meeting, stamp = layer * MEETINGS, stamp_of(launches, num_matrices, layer)
             if kind == O:
-                k_cache, v_cache = kv_cache[0, layer], kv_cache[1, layer]
-                lane_b, _, lane_key, lane_S = locate(item + lane * cuda.gridDim.x, G, seq_lens,
-                                                     splits, rows, SPLIT)
-                lane_slot = load_word(slots, lane_b)
-                lane_position = load_word(positions, lane_b)
-                if qkv_mailed:
-                    # splits of one context write the same key to the same place
-                    if item < items:
-                        rotate_group(ring, group_words, qkv, k_cache, v_cache, mail, stamp,
-                                     plan[QKV, PARTS], cos, sin,
-                                     int64(shuffle(uint32(lane_b), uint32(0))),
-                                     int64(shuffle(lane_slot, uint32(0))),
-                                     int64(shuffle(lane_position, uint32(0))),
-                                     item - int64(divide(uint32(item), uint32(G))) * G)
-                    meet(1, CONSUMERS)     # else a warp reads what another has not yet written
-                else:
-                    gather(arrivals, meeting + QKV_MADE)
-                    rotate_all(qkv, k_cache, v_cache, parts, plan[QKV, PARTS], cos, sin, positions,
-                               slots)
-                    arrive(arrivals, meeting + ROTATED)
-                    gather(arrivals, meeting + ROTATED)
                 item, stage, parity = attend_stages(
-                    o, partial, sums, ring, first, stage, stages, parity, barriers, item, lane_b,
-                    lane_key, lane_S, lane_slot, qkv_mailed, group_words, mail, o_mail, stamp, qkv,
-                    k_cache, v_cache, slots, rows, seq_lens, items, splits)
+                    o, partial, sums, ring, first, stage, stages, parity, barriers, item,
+                    kv_cache[0, layer], kv_cache[1, layer], parts, plan[QKV, PARTS], mail,
+                    qkv_mailed, stamp, o_mail, arrivals, meeting + QKV_MADE, cos, sin, slots,
+                    rows, seq_lens, items, splits)
                 if num_splits > B:         # some context has several splits
                     arrive(arrivals, meeting + SPLITS_ATTENDED)
                     gather(arrivals, meeting + SPLITS_ATTENDED)
@@ -4690,8 +4690,8 @@ def make_forward_decode(D, N):
                         rows_at = a_rows + stage * STAGE_WORDS
                         tokens_at = first_x_stage + x_stage * X_STAGE_WORDS + step * (N * 32)
                         wgmma(acc, 0, ring, rows_at, ring, tokens_at, h)
-                        if N > 128:
-                            wgmma(acc_far, 0, ring, rows_at, ring, tokens_at + 128 * 32, h)
+                        if N > COLUMNS:
+                            wgmma(acc_far, 0, ring, rows_at, ring, tokens_at + COLUMNS * 32, h)
                         if lane == 0 and chunk + step > 0:     # of the step before, which is done
                             barrier_arrive(barriers, EMPTY + used_stage)
                             if step == 0:
@@ -4701,7 +4701,7 @@ def make_forward_decode(D, N):
                     used_x_stage = x_stage
                     x_stage, x_parity = next_stage(x_stage, x_parity, num_x_stages)
                 wgmma_wait(acc, 0)
-                if N > 128:
+                if N > COLUMNS:
                     wgmma_wait(acc_far, 0)
                 if lane == 0:
                     barrier_arrive(barriers, EMPTY + used_stage)
@@ -4709,9 +4709,9 @@ def make_forward_decode(D, N):
                 tile, part = tile_and_part(item, plan[kind, PARTS])
                 store_tile(acc, 0, kind, tile, part, plan[kind, ROWS], B, parts, flat_act,
                            flat_logits, by_mail, plan[kind, PLACE], mail, stamp)
-                if N > 128:
-                    store_tile(acc_far, 128, kind, tile, part, plan[kind, ROWS], B, parts, flat_act,
-                               flat_logits, by_mail, plan[kind, PLACE], mail, stamp)
+                if N > COLUMNS:
+                    store_tile(acc_far, COLUMNS, kind, tile, part, plan[kind, ROWS], B, parts,
+                               flat_act, flat_logits, by_mail, plan[kind, PLACE], mail, stamp)
                 item += cuda.gridDim.x
             item -= plan[kind, ITEMS]
             if tid == 0 and kind == DOWN:
@@ -4720,24 +4720,24 @@ def make_forward_decode(D, N):
                 arrive(arrivals, made)
 
     @cuda.jit(cache=True, **THREE_WARPGROUPS)
-    def forward_decode_kernel(flat_logits, x, h, qkv, o, flat_act, kv_cache, parts, partial, mail,
-                              arrivals, tokens, positions, slots, rows, seq_lens, splits,
-                              block_tables, cos, sin, embed, norms, whole_plan, maps, stages,
-                              num_x_stages, sum_words, eps):
+    def forward_decode_kernel(flat_logits, x, h, o, flat_act, kv_cache, parts, partial, mail,
+                              arrivals, tokens, slots, rows, seq_lens, splits, block_tables, cos,
+                              sin, embed, norms, whole_plan, maps, stages, num_x_stages, sum_words,
+                              eps):
         """logits of one token for each request: embedding, all layers, norm and lm_head
 
         flat_logits      (B*V,)               f32        written
         x                (B, C)               f16 bf16   written: residual stream
-        h, qkv           (B, C), (B, H+2G, D) as x       workspace: normed tokens, q
-        o, flat_act      (B, H, D), (B*F,)    as x       workspace
+        h, o, flat_act   (B, C), (B, H, D), (B*F,)   as x   workspace: normed tokens, attention,
+                                                         activations
         kv_cache   (2, L, blocks, P, G, D)    as x       a slot for each token written, context read
         parts            (parts_size,)        f32        workspace: parts of a matmul's sums
         partial          (J, H, D+2)          f32        workspace of contexts of several splits
         mail             (mail_size,)         u64        workspace: words and stamps, see send
-        arrivals         (9L+3,)              u32        0 before and after: thread blocks that came
+        arrivals         (8L+3,)              u32        0 before and after: thread blocks that came
                                                          to each meeting, and that left; last how
                                                          often this kernel has run
-        tokens, positions, slots, rows, seq_lens (B,), splits (B+1+J,), block_tables   i32   read
+        tokens, slots, rows, seq_lens (B,), splits (B+1+J,), block_tables   i32   read
         cos, sin         (positions, D/2)     f32        read
         embed            (V, C)               as x       B rows read
         norms            (2L+1, C)            as x       read
@@ -4756,7 +4756,7 @@ def make_forward_decode(D, N):
         plan = cuda.shared.array((5, 5), int32)    # here, for each meeting empties the L1 cache
         pace = cuda.shared.array(1, uint32)        # of the weights: consumers set it
         acc = cuda.local.array(ACCUMULATORS, float32)
-        acc_far = cuda.local.array(ACCUMULATORS, float32)  # of tokens from 128 on
+        acc_far = cuda.local.array(ACCUMULATORS, float32)  # of tokens from COLUMNS on
         o_mail = mail.shape[0] - o.shape[1] * (D // 2)
         tid, num_matrices = thread_index(), kv_cache.shape[1] * 4 + 1
         first = first_of_ring(ring, sum_words)
@@ -4777,9 +4777,8 @@ def make_forward_decode(D, N):
             many_registers()
             wait_for_inputs()
             consume(ring, sums, first, stages, num_x_stages, barriers, plan, pace, acc, acc_far,
-                    flat_logits, x, h, qkv, o, flat_act, kv_cache, parts, partial, mail, o_mail,
-                    arrivals, tokens, positions, slots, rows, seq_lens, splits, cos, sin, embed,
-                    norms, eps)
+                    flat_logits, x, h, o, flat_act, kv_cache, parts, partial, mail, o_mail,
+                    arrivals, tokens, slots, rows, seq_lens, splits, cos, sin, embed, norms, eps)
             # who leaves last, when nobody can be waiting any more, sets all counts back
             last = arrivals.shape[0] - 2
             if tid == 0 and add_acquire(arrivals, last, uint32(1)) == uint32(cuda.gridDim.x - 1):
@@ -4832,16 +4831,16 @@ def decode_tables(h, o, act, kv_cache, matrices, shape, N):
     return DECODE_TABLES[key]
 
 
-def forward_decode(logits, x, h, qkv, o, act, kv_cache, parts, partial, mail, arrivals, tokens,
-                   positions, slots, rows, seq_lens, splits, block_tables, cos, sin, embed, norms,
-                   matrices, eps, stream=0):
+def forward_decode(logits, x, h, o, act, kv_cache, parts, partial, mail, arrivals, tokens, slots,
+                   rows, seq_lens, splits, block_tables, cos, sin, embed, norms, matrices, eps,
+                   stream=0):
     (B, V), C, (H, D), F = logits.shape, x.shape[1], o.shape[1:], act.shape[1]
     _, L, _, P, G, _ = kv_cache.shape
     problem = fits_persistent(H, G, D, C, F, V, P)
     assert problem is None, problem
     assert B <= MAX_DECODE_TOKENS, f"{B} tokens, expected at most {MAX_DECODE_TOKENS}"
     assert x.shape == h.shape == (B, C) and o.shape[0] == act.shape[0] == B, (x.shape, act.shape)
-    assert qkv.shape == (B, H + 2 * G, D) and len(kv_cache) == 2, (qkv.shape, kv_cache.shape)
+    assert len(kv_cache) == 2, kv_cache.shape
     assert norms.shape == (2 * L + 1, C), norms.shape
     assert embed.shape == (V, C) and len(matrices) == L * layer_size(H, G, D, C, F) + V * C
     assert parts.size >= parts_size(B, H, G, D, C, F) and partial.shape[1:] == (H, D + 2)
@@ -4857,16 +4856,18 @@ def forward_decode(logits, x, h, qkv, o, act, kv_cache, parts, partial, mail, ar
     assert stages >= FAST, stages
     threads = CONSUMERS + (2 if SIMULATOR else 4) * WARP       # a warpgroup has no half
     launch(FORWARD_DECODE[D, N], num_multiprocessors(), threads, stream, PERSISTENT_SHARED,
-           logits.reshape(B * V), x, h, qkv, o, act.reshape(B * F), kv_cache, parts, partial,
-           mail, arrivals, tokens, positions, slots, rows, seq_lens, splits, block_tables, cos, sin,
-           embed, norms, plan, maps, np.int32(stages), np.int32(num_x_stages), np.int32(sum_words),
+           logits.reshape(B * V), x, h, o, act.reshape(B * F), kv_cache, parts, partial, mail,
+           arrivals, tokens, slots, rows, seq_lens, splits, block_tables, cos, sin, embed, norms,
+           plan, maps, np.int32(stages), np.int32(num_x_stages), np.int32(sum_words),
            np.float32(eps))
 
 
 def sum_words_of(H, G, D, C):
-    """Shared words for the sums of attention, in two places, of which the second has room for what
-    rotate_group leaves, and for gains and a token in a norm."""
-    return max(2 * DECODE_WARPS * (H // G) * (D + 2), C)
+    """Shared words for the sums of attention, or the parts of a group in their place, for the parts
+    of one more, and for two groups; or for gains and a token in a norm."""
+    R = H // G
+    fetched = (parts_of((H + 2 * G) * D, C) * (R + 2) + R + 1) * D     # and cosines and sines
+    return max(max(DECODE_WARPS * R * (D + 2), fetched) + fetched + (R + 2) * D, C)
 
 
 def fits_persistent(H, G, D, C, F, V, P):
@@ -5029,7 +5030,7 @@ def begin_decode_example(rng, elements, B, P):
 
 def forward_decode_example(rng, elements, L, H, G, D, C, F, V, P, contexts):
     """Weights are small, as trained ones are, and one matrix is different from the next."""
-    B, heads = len(contexts), H + 2 * G
+    B = len(contexts)
     _, _, k_cache, v_cache, tables, rows, _, seq_lens, splits, partial = attention_example(
         rng, lambda a: a, H, G, D, P, contexts, (1,) * B)
     # a cache for each layer, the layers before upside down; the new token's slot is unwritten
@@ -5047,10 +5048,9 @@ def forward_decode_example(rng, elements, L, H, G, D, C, F, V, P, contexts):
     stamps = rng.choice([0, 6], letters) * (4 * L + 1) + rng.integers(1, L + 2, letters)
     mail = stamps.astype(np.uint64) << np.uint64(32) | np.uint64(0x7fff7fff)
     return [unwritten(B, V), elements(unwritten(B, C)), elements(unwritten(B, C)),
-            elements(unwritten(B, heads, D)), elements(unwritten(B, H, D)),
-            elements(unwritten(B, F)), elements(caches),
+            elements(unwritten(B, H, D)), elements(unwritten(B, F)), elements(caches),
             unwritten(parts_size(B, H, G, D, C, F)), partial, mail, arrivals,
-            rng.integers(0, V, B).astype(np.int32), positions, slots.astype(np.int32), rows,
+            rng.integers(0, V, B).astype(np.int32), slots.astype(np.int32), rows,
             seq_lens, splits, tables, np.cos(angles), np.sin(angles), elements(lively(rng, V, C)),
             elements(lively(rng, 2 * L + 1, C)), elements(matrices), 1e-5]
 
@@ -5101,7 +5101,7 @@ def forgets_new_blocks(tokens, positions, slots, seq_lens, splits, inputs, *rest
 def early_step(*arguments):
     """Every token a position early."""
     arguments = list(arguments)
-    arguments[11] = np.maximum(arguments[11] - 1, 0)
+    arguments[13] = np.maximum(arguments[13] - 1, 1)           # lengths of contexts
     forward_decode_ref(*arguments)
 
 
@@ -5235,7 +5235,7 @@ KERNELS = (
                types=("float32",)),
     kernel_row("forward_decode", forward_decode_ref, forward_decode, forward_decode_example,
                STEPS_OF_DECODE, "E*W + 2*L*B*S*G*D*E", "2*B*W + 4*L*B*H*S*D", early_step,
-               workspace=(2, 3, 4, 5, 7, 8, 9), roundings=8, **HOPPER),
+               workspace=(2, 3, 4, 6, 7, 8), roundings=8, **HOPPER),
 )
 
 

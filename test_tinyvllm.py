@@ -893,8 +893,8 @@ def test_bf16_is_as_close_to_float32_as_transformers_and_chooses_as_it_does(name
 
 @needs_gpu
 def test_on_the_gpu_the_company_changes_no_bit(tmp_path):
-    """Tokens and log-probabilities, alone, in batches of 20, 80 and 130 (each another kernel of a
-    decode step), chunked, and from the prefix cache."""
+    """Tokens and log-probabilities, alone, in batches of 12, 20, 80, 130 and 200 (each another
+    kernel of a decode step), chunked, and from the prefix cache."""
     pytest.importorskip("torch")
     directory = real_checkpoint(tmp_path, "1B")
     prompts = [prompt_ids(length, 128256, seed=length) for length in (1, 15, 16, 17, 64, 200, 700)]
@@ -905,12 +905,12 @@ def test_on_the_gpu_the_company_changes_no_bit(tmp_path):
                                   use_tqdm=False)
         return [[(token, entry[token].logprob)
                  for token, entry in zip(o["token_ids"], o["logprobs"])] for o in outputs]
-    options = dict(device="cuda", max_model_len=1024, max_num_seqs=130)
+    options = dict(device="cuda", max_model_len=1024, max_num_seqs=200)
     engine = Engine(directory, **options, enable_prefix_caching=False)
     assert engine.rung == "persistent"
     expected = [answers(engine, [ids])[0] for ids in prompts]
-    crowd = [prompt_ids(7 + n, 128256, seed=1000 + n) for n in range(130 - len(prompts))]
-    for B in (20, 80, 130):
+    crowd = [prompt_ids(7 + n, 128256, seed=1000 + n) for n in range(200 - len(prompts))]
+    for B in (12, 20, 80, 130, 200):
         assert answers(engine, (prompts + crowd)[:B])[:len(prompts)] == expected
     chunked = Engine(directory, **options, max_num_batched_tokens=100)
     assert answers(chunked, prompts) == expected

@@ -2101,15 +2101,14 @@ class Engine:
     def decode_at_once(self, step: Step, first: int, end: int) -> None:
         """The logits of these requests, MAX_DECODE_TOKENS at most, by one kernel for all layers."""
         w = self.weights
-        x, h, qkv, o, act, logits = (array[first:end] for array in (
-            self.x, self.h, self.qkv, self.o, self.act, self.logits))
+        x, h, o, act, logits = (array[first:end] for array in (
+            self.x, self.h, self.o, self.act, self.logits))
         self.begin_decode(step, first, end)
-        self.ops.forward_decode(logits, x, h, qkv, o, act, self.kv_cache, self.parts,
-                                self.partial, self.mail, self.arrivals, step.tokens[first:end],
-                                step.positions[first:end], step.slots[first:end],
-                                step.rows[first:end], step.seq_lens[first:end], self.splits,
-                                self.block_tables, self.cos, self.sin, w.embed, w.norms,
-                                w.matrices, self.cfg.rms_norm_eps)
+        self.ops.forward_decode(logits, x, h, o, act, self.kv_cache, self.parts, self.partial,
+                                self.mail, self.arrivals, step.tokens[first:end],
+                                step.slots[first:end], step.rows[first:end],
+                                step.seq_lens[first:end], self.splits, self.block_tables, self.cos,
+                                self.sin, w.embed, w.norms, w.matrices, self.cfg.rms_norm_eps)
 
     def forward(self, step: Step) -> None:
         """The transformer, one operation per line: self.x (T, C) after the last layer."""
