@@ -3155,19 +3155,45 @@ def make_attend_splits(D):
     return attend_splits
 
 
+MERGED = 8                                 # splits of a head whose sums are on their way at once,
+MERGED_TERMS = 2 * MERGED                  # of two channels each
+
+
+@cuda.jit(device=True)
+def merged_pair(partial, splits, b, h, pair):
+    """Channels 2 * pair and the next of a head, joined from its splits. A whole warp comes, with 32
+    pairs of one head; of up to 32 splits each lane knows the weight of one."""
+    terms = cuda.local.array(MERGED_TERMS, float32)
+    begin, end, lane = int64(splits[b]), int64(splits[b + 1]), thread_index() % WARP
+    H, D, m = partial.shape[1], partial.shape[2] - 2, NEG_INF
+    for i in range(begin + lane, end, WARP):
+        m = max(m, partial[i, h, D])
+    for mask in (16, 8, 4, 2, 1):
+        m = max(m, shuffle_xor(m, mask))
+    l, o, next_o = ZERO, ZERO, ZERO
+    for i in range(begin, end, WARP):
+        split = min(i + lane, end - 1)
+        weights = float_bits(exp2(partial[split, h, D] - m))
+        parts_of_l = float_bits(partial[split, h, D + 1] * float_of(weights))
+        for some in range(i, min(i + WARP, end), MERGED):
+            for n in range(MERGED):
+                load_2_floats(terms, 2 * n, partial,
+                              (min(some + n, end - 1) * H + h) * (D + 2) + 2 * pair)
+            for n in range(MERGED):
+                if some + n < end:
+                    weight = float_of(shuffle(weights, uint32(some + n - i)))
+                    l += float_of(shuffle(parts_of_l, uint32(some + n - i)))
+                    o += terms[2 * n] * weight
+                    next_o += terms[2 * n + 1] * weight
+    return o / l, next_o / l
+
+
 @cuda.jit(device=True)
 def merge_head(out, partial, splits, b, h, first, stride):
-    """Joins the splits of one head, every stride-th channel from `first` on."""
-    m = NEG_INF
-    for i in range(splits[b], splits[b + 1]):
-        m = max(m, partial[i, h, out.shape[2]])
-    for d in range(first, out.shape[2], stride):
-        l, o = ZERO, ZERO
-        for i in range(splits[b], splits[b + 1]):
-            weight = exp2(partial[i, h, out.shape[2]] - m)
-            l += partial[i, h, out.shape[2] + 1] * weight
-            o += partial[i, h, d] * weight
-        out[b, h, d] = narrow(o / l, out)
+    """Whole warps join the splits of one head, every stride-th pair of channels from `first` on."""
+    for pair in range(first, out.shape[2] // 2, stride):
+        o, next_o = merged_pair(partial, splits, b, h, pair)
+        out[b, h, 2 * pair], out[b, h, 2 * pair + 1] = narrow(o, out), narrow(next_o, out)
 
 
 def make_paged_decode(D):
@@ -3211,7 +3237,7 @@ def merge_splits_kernel(out, partial, splits):
     out     (B, H, D)         f32 f16 bf16   written for contexts of several splits
     partial (J, H, D+2)       f32            read
     splits  (B+1+J,)          i32            first split of each request
-    launch grid (B, H), thread block 2 * WARP; one thread owns channels
+    launch grid (B, H), thread block D / 2; a thread owns two channels
     moves  B*H*D*E + 4*J*H*(D+2) bytes, does 4*J*H*D flops: latency-bound
     twin   paged_attention_ref      paper  Flash-Decoding
     """
@@ -3219,7 +3245,7 @@ def merge_splits_kernel(out, partial, splits):
     wait_for_inputs()
     b, h = cuda.blockIdx.x, cuda.blockIdx.y
     if splits[b + 1] - splits[b] > 1:
-        merge_head(out, partial, splits, b, h, cuda.threadIdx.x, 2 * WARP)
+        merge_head(out, partial, splits, b, h, thread_index(), cuda.blockDim.x)
 
 
 def paged_decode(out, qkv, k_cache, v_cache, block_tables, rows, query_starts, seq_lens, splits,
@@ -3235,7 +3261,7 @@ def paged_decode(out, qkv, k_cache, v_cache, block_tables, rows, query_starts, s
     shared = 4 * DECODE_WARPS * (H // G) * (D + 2)
     launch(PAGED_DECODE[D], grid, WARP * DECODE_WARPS, stream, shared, out, partial, qkv, k_cache,
            v_cache, block_tables, rows, seq_lens, splits, np.int32(split))
-    merge_splits_kernel[(B, H), 2 * WARP, stream](out, partial, splits)
+    merge_splits_kernel[(B, H), D // 2, stream](out, partial, splits)
 
 
 def paged_decode_split(out, qkv, k_cache, v_cache, block_tables, rows, query_starts, seq_lens,
@@ -4149,9 +4175,10 @@ def stream_tokens(ring, first, x_stages, x_steps, step_words, barriers, plan, ma
     for matrix in range(num_matrices):
         kind, layer = kind_of(matrix, num_matrices), matrix >> 2
         parts, steps, meeting = plan[kind, PARTS], plan[kind, STEPS], layer * MEETINGS
-        source, normed_here, o_mailed = H_MAP, alone, False
+        source, made_here, o_mailed = H_MAP, alone, False
         if kind == O:
-            source, normed_here, o_mailed = O_MAP, False, alone and num_splits == 1
+            source, made_here = O_MAP, alone and num_splits > 1
+            o_mailed = alone and not made_here
             meeting += ATTENDED
             items = num_splits * G                             # of attention
             while item < items:
@@ -4160,8 +4187,8 @@ def stream_tokens(ring, first, x_stages, x_steps, step_words, barriers, plan, ma
         elif kind == GATE_UP:
             meeting += NORMED_AGAIN
         elif kind == DOWN:
-            source, normed_here, meeting = ACT_MAP, False, meeting + ACTIVATED
-        if normed_here:
+            source, made_here, meeting = ACT_MAP, False, meeting + ACTIVATED
+        if made_here:
             meet(2, CONSUMERS + WARP)
         elif item < plan[kind, ITEMS] and not o_mailed:
             # without an item nobody here waits, and the counts may be set back already
@@ -4175,7 +4202,7 @@ def stream_tokens(ring, first, x_stages, x_steps, step_words, barriers, plan, ma
                 at, k = first + x_stage * x_stage_words, part * steps + step
                 await_barrier(barriers, X_EMPTY + x_stage, parity)
                 meet_warp()                # else a lane a whole ring behind waits for a past phase
-                if normed_here or o_mailed:
+                if made_here or o_mailed:
                     if o_mailed:
                         copy_mailed(ring, at, mail, o_mail + k * 32, min(x_steps, steps - step),
                                     step_words, stamp_of(launches, num_matrices, layer))
@@ -4576,6 +4603,20 @@ def make_forward_decode(D, N):
                     store_16_bytes(h, b * C + c, words, 0)
 
     @cuda.jit(device=True)
+    def merge_own(shared_words, partial, splits, item, plan, x):
+        """The attention of one token, joined from its splits: in each thread block what its items
+        of O need of it, to the words in which norm_tokens leaves a token."""
+        lane, warp, C = thread_index() % WARP, thread_index() // WARP, x.shape[1]
+        for own in range(item, plan[O, ITEMS], cuda.gridDim.x):
+            _, part = tile_and_part(own, plan[O, PARTS])
+            for step in range(warp, plan[O, STEPS], DECODE_WARPS):
+                k = part * plan[O, STEPS] + step               # 64 channels of one head
+                head = int64(divide(uint32(k), uint32(D // 64)))
+                pair = (k - head * (D // 64)) * 32 + lane
+                low, high = merged_pair(partial, splits, 0, head, pair)
+                shared_words[C // 2 + k * 32 + lane] = pack(low, high, x)
+
+    @cuda.jit(device=True)
     def store_tile(acc, first_token, kind, tile, part, num_rows, B, parts, act, logits,
                    by_mail, place, mail, stamp):
         """Sums of a tile to where the next operation reads them: parts, act and logits are flat, of
@@ -4651,12 +4692,16 @@ def make_forward_decode(D, N):
                 if num_splits > B:         # some context has several splits
                     arrive(arrivals, meeting + SPLITS_ATTENDED)
                     gather(arrivals, meeting + SPLITS_ATTENDED)
-                    for pair in range(warp * cuda.gridDim.x + cuda.blockIdx.x, B * H,
-                                      DECODE_WARPS * cuda.gridDim.x):
-                        b = int64(divide(uint32(pair), uint32(H)))
-                        if splits[b + 1] - splits[b] > 1:
-                            merge_head(o, partial, splits, b, pair - b * H, lane, WARP)
-                if not alone or num_splits > 1:                # else it went by mail
+                    if alone:
+                        merge_own(ring, partial, splits, item, plan, x)
+                        meet(2, CONSUMERS + WARP)              # with who copies it to the ring
+                    else:
+                        for pair in range(warp * cuda.gridDim.x + cuda.blockIdx.x, B * H,
+                                          DECODE_WARPS * cuda.gridDim.x):
+                            b = int64(divide(uint32(pair), uint32(H)))
+                            if splits[b + 1] - splits[b] > 1:
+                                merge_head(o, partial, splits, b, pair - b * H, lane, WARP)
+                if not alone:              # one token's went by mail, or every thread block made it
                     arrive(arrivals, meeting + ATTENDED)
                 made = meeting + O_MADE
             elif kind == DOWN:
@@ -4867,7 +4912,8 @@ def sum_words_of(H, G, D, C):
     of one more, and for two groups; or for gains and a token in a norm."""
     R = H // G
     fetched = (parts_of((H + 2 * G) * D, C) * (R + 2) + R + 1) * D     # and cosines and sines
-    return max(max(DECODE_WARPS * R * (D + 2), fetched) + fetched + (R + 2) * D, C)
+    return max(max(DECODE_WARPS * R * (D + 2), fetched) + fetched + (R + 2) * D,
+               C, (C + H * D) // 2)
 
 
 def fits_persistent(H, G, D, C, F, V, P):
