@@ -369,8 +369,8 @@ def inverse(x):
 
 @instruction("fma.rn.f32 {0}, {1}, {2}, {3};", "=f", "f", "f", "f", keep=False)
 def multiply_add(a, b, c):
-    """a * b + c, rounded once. Of a sum of two products the compiler rounds one by itself, and not
-    in every kernel the same."""
+    """a * b + c, rounded once. Of a * b + c * d the compiler fuses one product with the addition,
+    and which one may differ between kernels: where their bits must agree, the sum says which."""
     return a * b + c
 
 
@@ -480,7 +480,8 @@ def copy_async(target, i, source, index, size):
 
 @instruction("cp.async.ca.shared.global [{0}], [{1}], 8;", "shared", "global")
 def copy_8_async(target, i, source, index):
-    """Starts a copy of 8 bytes."""
+    """Starts a copy of 8 bytes, through the L1 cache: past it go only 16. What other thread blocks
+    wrote must be read after a load_acquire."""
     values = flat(source)[index:index + 8 // source.dtype.itemsize].view(target.dtype)
     target[i:i + len(values)] = values
 
@@ -3160,6 +3161,19 @@ MERGED_TERMS = 2 * MERGED                  # of two channels each
 
 
 @cuda.jit(device=True)
+def add_splits(l, o, next_o, terms, weights, parts_of_l, first, count):
+    """Sums of up to MERGED splits, of which lane `first` and those behind it know weights and parts
+    of l, added to those of the splits before."""
+    for n in range(MERGED):
+        if first + n < count:
+            weight = float_of(shuffle(weights, uint32(first + n)))
+            l += float_of(shuffle(parts_of_l, uint32(first + n)))
+            o += terms[2 * n] * weight
+            next_o += terms[2 * n + 1] * weight
+    return l, o, next_o
+
+
+@cuda.jit(device=True)
 def merged_pair(partial, splits, b, h, pair):
     """Channels 2 * pair and the next of a head, joined from its splits. A whole warp comes, with 32
     pairs of one head; of up to 32 splits each lane knows the weight of one."""
@@ -3179,12 +3193,7 @@ def merged_pair(partial, splits, b, h, pair):
             for n in range(MERGED):
                 load_2_floats(terms, 2 * n, partial,
                               (min(some + n, end - 1) * H + h) * (D + 2) + 2 * pair)
-            for n in range(MERGED):
-                if some + n < end:
-                    weight = float_of(shuffle(weights, uint32(some + n - i)))
-                    l += float_of(shuffle(parts_of_l, uint32(some + n - i)))
-                    o += terms[2 * n] * weight
-                    next_o += terms[2 * n + 1] * weight
+            l, o, next_o = add_splits(l, o, next_o, terms, weights, parts_of_l, some - i, end - i)
     return o / l, next_o / l
 
 
@@ -3239,6 +3248,7 @@ def merge_splits_kernel(out, partial, splits):
     splits  (B+1+J,)          i32            first split of each request
     launch grid (B, H), thread block D / 2; a thread owns two channels
     moves  B*H*D*E + 4*J*H*(D+2) bytes, does 4*J*H*D flops: latency-bound
+    needs  D % 64 == 0, for whole warps come to merged_pair   (asserted in the launcher)
     twin   paged_attention_ref      paper  Flash-Decoding
     """
     start_next_kernel()
@@ -3411,7 +3421,8 @@ def warp_argmax(value, index):
 
 
 def chunks_of(B):
-    """Chunks of a row of logits that fill the GPU if there are B rows; no result depends on it."""
+    """Chunks of a row of logits that fill the GPU if there are B rows; of many rows short ones, for
+    then the last ones end soon. No result depends on it."""
     return min(MAX_CHUNKS, max(8, 1024 // B))
 
 
@@ -3829,7 +3840,8 @@ def begin_decode(tokens, positions, slots, seq_lens, splits, inputs, state, bloc
 # written, and waits until all have. With few tokens these meetings, of two microseconds each, are
 # most of what a layer takes beyond the time of its weights. So what a few thread blocks need goes
 # by mail, each word with a stamp that says which layer of which step it is of; a single token every
-# thread block norms for itself; and while such news are due, the copies ahead take their time.
+# thread block norms for itself, and joins those of its splits that it needs; and while such news
+# are due, the copies ahead take their time.
 #
 # A matmul is cut into items: 128 rows of a weight matrix, a tile, by all of its K or a part of it.
 # A thread block takes every gridDim.x-th item and goes on from one matrix to the next without a
@@ -3847,8 +3859,8 @@ MAX_PARTS = 2 if SIMULATOR else 8          # of a matrix's K
 MULTIPROCESSORS = 2 if SIMULATOR else 132  # that the parts are made for; they must not depend on
                                            # the GPU, or its sums would
 PERSISTENT_SHARED = (227 - 1) << 10        # bytes; 1 KB is left for static arrays
-SUM_WORDS = 20480                          # the most that sums of attention, or a token and its
-                                           # gains, may take of it: FAST stages are left
+SUM_WORDS = 20480                          # the most of it for what sum_words_of counts: FAST
+                                           # stages are left
 X_WORDS = 4096                             # for the tokens' ring; three stages if that is more
 # barriers of the rings: full[i], that a copy has landed, and empty[i], that all consumers are done
 MAX_STAGES, MAX_X_STAGES = 16, 8
@@ -3862,6 +3874,7 @@ ITEMS, PARTS, STEPS, ROWS, PLACE = range(5)            # columns of the plan: it
 FAST = 3                                   # stages of weights on their way at once, see
                                            # await_copies; SLOW is each kernel's own
 MAIL_TOKENS = 16                           # for so many, at most, q, k and v go by mail
+MAIL_SPLITS = 16                           # of one token, at most, for their sums to go by mail
 # what is there when all thread blocks have met for the n-th time in a layer; past the layers the
 # first comes once more, for the last norm. With few tokens nobody comes to some of these.
 (NORMED, QKV_MADE, SPLITS_ATTENDED, ATTENDED, O_MADE, NORMED_AGAIN, ACTIVATED,
@@ -3918,10 +3931,10 @@ def parts_size(B, H, G, D, C, F):
 
 
 def mail_size(H, G, D, C):
-    """Letters of forward_decode: parts of q, k and v, and behind them one token's attention, two
-    channels in a letter."""
+    """Letters of forward_decode: parts of q, k and v, then one token's attention, two channels in a
+    letter, or what its splits leave, as in `partial`."""
     rows = (H + 2 * G) * D
-    return MAIL_TOKENS * parts_of(rows, C) * rows + H * D // 2
+    return MAIL_TOKENS * parts_of(rows, C) * rows + MAIL_SPLITS * H * (D + 2)
 
 
 def forward_decode_ref(logits, x, h, o, act, kv_cache, parts, partial, mail, arrivals, tokens,
@@ -4133,7 +4146,7 @@ def await_letter(mail, i, stamp):
 
 
 @cuda.jit(device=True)
-def copy_normed(ring, at, source, steps, step_words):
+def copy_made(ring, at, source, steps, step_words):
     """A warp copies some steps of the one token, from ring[source] on, to a stage of the tokens'
     ring, where it is the first row: its pieces keep their order. What lies in the other rows meets
     nobody, for each is a column of the product."""
@@ -4165,8 +4178,8 @@ def stream_tokens(ring, first, x_stages, x_steps, step_words, barriers, plan, ma
                   arrivals, mail, o_mail, G, splits, B, C):
     """The warp that fills the second ring: for each item the elements of all tokens along its K,
     x_steps steps at once. They come with the copy engine, once the meeting has been that says they
-    are there. One token comes out of shared memory, where this thread block's consumers normed it,
-    or by mail."""
+    are there. One token comes out of shared memory, where this thread block's consumers normed it
+    or joined its attention, or by mail."""
     lane, item, x_stage, parity = thread_index() % WARP, cuda.blockIdx.x, 0, uint32(1)
     x_stage_words, num_splits = x_steps * step_words, int64(load_word(splits, B))
     # only in the kernel for the fewest, so that the others do not contain what they never do
@@ -4207,8 +4220,8 @@ def stream_tokens(ring, first, x_stages, x_steps, step_words, barriers, plan, ma
                         copy_mailed(ring, at, mail, o_mail + k * 32, min(x_steps, steps - step),
                                     step_words, stamp_of(launches, num_matrices, layer))
                     else:
-                        copy_normed(ring, at, C // 2 + k * 32, min(x_steps, steps - step),
-                                    step_words)
+                        copy_made(ring, at, C // 2 + k * 32, min(x_steps, steps - step),
+                                  step_words)
                     fence_shared()         # before tensor cores read it
                     meet_warp()
                     if lane == 0:
@@ -4253,8 +4266,9 @@ def make_attend_stages(D, N):
         A unit of it is two channels of each half of a head, for those are rotated together: which
         head of the group, which of all, where behind the queries lie the keys and then the values,
         and the first channel."""
-        n = unit // (D // 4)
-        return n, g * R + n if n < R else n * G + g, unit % (D // 4) * 2
+        n, i = unit // (D // 4), unit % (D // 4) * 2
+        head = g * R + n if n < R else n * G + g
+        return n, head, i
 
     @cuda.jit(device=True)
     def fetch_group(sums, at, first_unit, b, g, position, B, R, G, parts, num_parts, cos, sin):
@@ -4407,6 +4421,19 @@ def make_attend_stages(D, N):
             send(mail, o_mail + g * R * (D // 2) + i, pack(o / l, next_o / l, like), stamp)
 
     @cuda.jit(device=True)
+    def mail_split(mail, o_mail, stamp, sums, j, g, H, R):
+        """What a split of the one token's context leaves of KV head g, as join_warps would."""
+        for i in range(thread_index(), R * (D // 2), CONSUMERS):
+            r, place = i // (D // 2), i % (D // 2) * 2
+            o, next_o, m, l = joined(sums, r, place, R)
+            letter = o_mail + (j * H + g * R + r) * (D + 2)
+            send(mail, letter + place, float_bits(o), stamp)
+            send(mail, letter + place + 1, float_bits(next_o), stamp)
+            if place == 0:
+                send(mail, letter + D, float_bits(m), stamp)
+                send(mail, letter + D + 1, float_bits(l), stamp)
+
+    @cuda.jit(device=True)
     def attend_stages(out, partial, sums, ring, first, stage, stages, parity, barriers, item,
                       k_cache, v_cache, parts, num_parts, mail, mailed, stamp, o_mail, arrivals,
                       made, cos, sin, slots, rows, seq_lens, items, splits):
@@ -4435,14 +4462,15 @@ def make_attend_stages(D, N):
         fetched_words = (num_parts * (R + 2) + R + 1) * D
         fetched = max(DECODE_WARPS * R * (D + 2), fetched_words)
         group, group_words = fetched + fetched_words, (R + 2) * (D // 2)
-        turn = 0
+        turn = 0                           # lane n knows the n-th item from here on
         all_b, all_keys, all_S, all_j, all_g, all_slots = look_up(
             item + lane * stride, G, seq_lens, splits, rows, slots)
         if item < items and not mailed:
             gather(arrivals, made)
         for n in range(2):
             if item + n * stride < items and not mailed:
-                # the second to the place of the sums, and by other threads
+                # the second to the place of the sums, which is free, and by the last threads, for
+                # the first have enough to do: both are on their way at once
                 fetch_group(sums, 0 if n else fetched, CONSUMERS - 1 - tid if n else tid,
                             int64(shuffle(all_b, uint32(n))), int64(shuffle(all_g, uint32(n))),
                             int64(shuffle(all_S, uint32(n))) - 1, B, R, G, parts, num_parts, cos,
@@ -4495,6 +4523,8 @@ def make_attend_stages(D, N):
             meet(1, CONSUMERS)             # else a warp's sums are read before they are written
             if N == DECODE_TOKENS[0] and items == G:
                 mail_heads(mail, o_mail, stamp, sums, int64(g), R, out)
+            elif N == DECODE_TOKENS[0] and B == 1 and items <= MAIL_SPLITS * G:
+                mail_split(mail, o_mail, stamp, sums, int64(j), int64(g), H, R)
             else:
                 join_warps(out, partial, sums, int64(b), int64(g), int64(j), R, S <= SPLIT)
             if item + 2 * stride < items:
@@ -4603,7 +4633,41 @@ def make_forward_decode(D, N):
                     store_16_bytes(h, b * C + c, words, 0)
 
     @cuda.jit(device=True)
-    def merge_own(shared_words, partial, splits, item, plan, x):
+    def mailed_pair(mail, o_mail, stamp, count, head, pair, H):
+        """merged_pair for one token whose splits' sums come by mail, see mail_split."""
+        terms = cuda.local.array(MERGED_TERMS, float32)
+        lane, missing, m_word, l_word = thread_index() % WARP, True, uint32(0), uint32(0)
+        letter = o_mail + (min(lane, count - 1) * H + head) * (D + 2) + D
+        if lane == count - 1:
+            await_letter(mail, letter, stamp)
+        meet_warp()
+        while missing:
+            m_word, sent = receive(mail, letter)
+            l_word, next_sent = receive(mail, letter + 1)
+            missing = sent != stamp or next_sent != stamp
+        meet_warp()                        # else a lane is asked for what it does not know yet
+        m = float_of(m_word)
+        for mask in (16, 8, 4, 2, 1):
+            m = max(m, shuffle_xor(m, mask))
+        weights = float_bits(exp2(float_of(m_word) - m))
+        parts_of_l = float_bits(float_of(l_word) * float_of(weights))
+        l, o, next_o = ZERO, ZERO, ZERO
+        for some in range(0, count, MERGED):
+            missing = True
+            while missing:
+                missing = False
+                for n in range(MERGED):
+                    letter = o_mail + (min(some + n, count - 1) * H + head) * (D + 2) + 2 * pair
+                    word, sent = receive(mail, letter)
+                    next_word, next_sent = receive(mail, letter + 1)
+                    terms[2 * n], terms[2 * n + 1] = float_of(word), float_of(next_word)
+                    missing |= sent != stamp or next_sent != stamp
+            meet_warp()
+            l, o, next_o = add_splits(l, o, next_o, terms, weights, parts_of_l, some, count)
+        return o / l, next_o / l
+
+    @cuda.jit(device=True)
+    def merge_own(shared_words, partial, splits, item, plan, mail, mailed, o_mail, stamp, x):
         """The attention of one token, joined from its splits: in each thread block what its items
         of O need of it, to the words in which norm_tokens leaves a token."""
         lane, warp, C = thread_index() % WARP, thread_index() // WARP, x.shape[1]
@@ -4613,7 +4677,11 @@ def make_forward_decode(D, N):
                 k = part * plan[O, STEPS] + step               # 64 channels of one head
                 head = int64(divide(uint32(k), uint32(D // 64)))
                 pair = (k - head * (D // 64)) * 32 + lane
-                low, high = merged_pair(partial, splits, 0, head, pair)
+                if mailed:
+                    low, high = mailed_pair(mail, o_mail, stamp, int64(splits[1]), head, pair,
+                                            partial.shape[1])
+                else:
+                    low, high = merged_pair(partial, splits, 0, head, pair)
                 shared_words[C // 2 + k * 32 + lane] = pack(low, high, x)
 
     @cuda.jit(device=True)
@@ -4690,10 +4758,14 @@ def make_forward_decode(D, N):
                     qkv_mailed, stamp, o_mail, arrivals, meeting + QKV_MADE, cos, sin, slots,
                     rows, seq_lens, items, splits)
                 if num_splits > B:         # some context has several splits
-                    arrive(arrivals, meeting + SPLITS_ATTENDED)
-                    gather(arrivals, meeting + SPLITS_ATTENDED)
+                    mailed = alone and num_splits <= MAIL_SPLITS
+                    if mailed:
+                        meet(1, CONSUMERS)                     # else sums are overwritten that
+                    else:                                      # another warp still joins
+                        arrive(arrivals, meeting + SPLITS_ATTENDED)
+                        gather(arrivals, meeting + SPLITS_ATTENDED)
                     if alone:
-                        merge_own(ring, partial, splits, item, plan, x)
+                        merge_own(ring, partial, splits, item, plan, mail, mailed, o_mail, stamp, x)
                         meet(2, CONSUMERS + WARP)              # with who copies it to the ring
                     else:
                         for pair in range(warp * cuda.gridDim.x + cuda.blockIdx.x, B * H,
@@ -4773,7 +4845,8 @@ def make_forward_decode(D, N):
 
         flat_logits      (B*V,)               f32        written
         x                (B, C)               f16 bf16   written: residual stream
-        h, o, flat_act   (B, C), (B, H, D), (B*F,)   as x   workspace: normed tokens, attention,
+        h, o, flat_act   (B, C), (B, H, D), (B*F,)   as x   workspace: normed tokens (of one
+                                                         token x and h in turns), attention,
                                                          activations
         kv_cache   (2, L, blocks, P, G, D)    as x       a slot for each token written, context read
         parts            (parts_size,)        f32        workspace: parts of a matmul's sums
@@ -4802,7 +4875,7 @@ def make_forward_decode(D, N):
         pace = cuda.shared.array(1, uint32)        # of the weights: consumers set it
         acc = cuda.local.array(ACCUMULATORS, float32)
         acc_far = cuda.local.array(ACCUMULATORS, float32)  # of tokens from COLUMNS on
-        o_mail = mail.shape[0] - o.shape[1] * (D // 2)
+        o_mail = mail.shape[0] - MAIL_SPLITS * o.shape[1] * (D + 2)
         tid, num_matrices = thread_index(), kv_cache.shape[1] * 4 + 1
         first = first_of_ring(ring, sum_words)
         if tid == 0:
@@ -4909,7 +4982,8 @@ def forward_decode(logits, x, h, o, act, kv_cache, parts, partial, mail, arrival
 
 def sum_words_of(H, G, D, C):
     """Shared words for the sums of attention, or the parts of a group in their place, for the parts
-    of one more, and for two groups; or for gains and a token in a norm."""
+    of one more, and for two groups; or for gains and a token in a norm; or, behind the place of
+    gains, for one token's attention, see merge_own."""
     R = H // G
     fetched = (parts_of((H + 2 * G) * D, C) * (R + 2) + R + 1) * D     # and cosines and sines
     return max(max(DECODE_WARPS * R * (D + 2), fetched) + fetched + (R + 2) * D,
@@ -5145,9 +5219,9 @@ def forgets_new_blocks(tokens, positions, slots, seq_lens, splits, inputs, *rest
 
 
 def early_step(*arguments):
-    """Every token a position early."""
+    """Every token rotated as at the position before."""
     arguments = list(arguments)
-    arguments[13] = np.maximum(arguments[13] - 1, 1)           # lengths of contexts
+    arguments[16:18] = [np.roll(table, 1, axis=0) for table in arguments[16:18]]
     forward_decode_ref(*arguments)
 
 

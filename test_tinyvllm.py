@@ -623,7 +623,7 @@ INSTRUCTIONS = {
     "forward_decode": ("wgmma.mma_async.sync.aligned.m64n16k16.f32.bf16.bf16", "setmaxnreg",
                        "cp.async.bulk.tensor.5d", "mbarrier.try_wait", "ld.acquire.gpu",
                        "red.release.gpu", "st.relaxed.gpu.global.b64", "L2::evict_first",
-                       *TENSOR_CORES, "ldmatrix.sync"),
+                       "cp.async.ca.shared.global", "fma.rn.f32", *TENSOR_CORES, "ldmatrix.sync"),
     "paged decode": (*TENSOR_CORES, "ld.global.v4.u32", "shfl.sync.idx"),
     "paged decode split": (*TENSOR_CORES, "ld.global.v4.u32", "shfl.sync.idx"),
 }
