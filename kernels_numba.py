@@ -4266,9 +4266,9 @@ def make_attend_stages(D, N):
         A unit of it is two channels of each half of a head, for those are rotated together: which
         head of the group, which of all, where behind the queries lie the keys and then the values,
         and the first channel."""
-        n, i = unit // (D // 4), unit % (D // 4) * 2
+        n = unit // (D // 4)
         head = g * R + n if n < R else n * G + g
-        return n, head, i
+        return n, head, unit % (D // 4) * 2
 
     @cuda.jit(device=True)
     def fetch_group(sums, at, first_unit, b, g, position, B, R, G, parts, num_parts, cos, sin):
