@@ -770,10 +770,10 @@ def test_failing_uploads_lose_no_row_no_block_and_no_other_request(pipelined, ch
     expected = tokens_of(Engine(checkpoints("gqa")), prompts)
     rng, upload = np.random.default_rng(0), engine.place.upload
 
-    def sometimes(target, values):
+    def sometimes(*arguments):
         if rng.random() < 0.02:
             raise KeyboardInterrupt if rng.random() < 0.5 else MemoryError
-        upload(target, values)
+        upload(*arguments)
         if rng.random() < 0.02:
             raise KeyboardInterrupt
     monkeypatch.setattr(engine.place, "upload", sometimes)

@@ -1097,11 +1097,13 @@ class Host:
     def empty(self, shape, dtype) -> np.ndarray:
         return (cuda.device_array if self.simulated else np.empty)(shape, dtype)
 
-    def upload(self, target, values: np.ndarray) -> None:
+    def upload(self, target, values: np.ndarray, row: int | None = None) -> None:
+        """Copies values to all of target, or to the beginning of one of its rows."""
+        place = target if row is None else target[row, :len(values)]
         if self.simulated:
-            target.copy_to_device(np.ascontiguousarray(values))
+            place.copy_to_device(np.ascontiguousarray(values))
         else:
-            target[...] = values
+            place[...] = values
 
     def download(self, source) -> np.ndarray:
         """The values of an array, to be read before the next step changes them."""
@@ -1184,17 +1186,22 @@ class Gpu:
                             "--gpu-memory-utilization, --max-num-batched-tokens or "
                             "--max-num-seqs") from None
 
-    def upload(self, target, values: np.ndarray) -> None:
-        """A copy in the stream's order, through pinned memory: the host goes on at once."""
-        source = np.ascontiguousarray(values).reshape(-1).view(np.uint8)
-        assert source.nbytes == target.nbytes and values.dtype == target.dtype, (
-            values.dtype, values.shape, target.dtype, target.shape)
+    def upload(self, target, values: np.ndarray, row: int | None = None) -> None:
+        """Copies values to all of target, or to the beginning of one of its rows, in the stream's
+        order and through pinned memory: the host goes on at once."""
+        source, first = np.ascontiguousarray(values).reshape(-1).view(np.uint8), pointer(target)
+        fits = source.nbytes == target.nbytes
+        if row is not None:                # by address: a slice takes Numba longer than the copy
+            first += row * target.strides[0]
+            fits = source.nbytes <= target.strides[0]
+        assert fits and values.dtype == target.dtype, (values.dtype, values.shape, target.dtype,
+                                                       target.shape)
         for start in range(0, len(source), STAGING_BYTES):
             part = source[start:start + STAGING_BYTES]
             place = self.stage(len(part))
             place[:] = part
-            self.call(self.driver.cuMemcpyHtoDAsync(pointer(target) + start, place.ctypes.data,
-                                                    len(part), self.handle))
+            self.call(self.driver.cuMemcpyHtoDAsync(first + start, place.ctypes.data, len(part),
+                                                    self.handle))
 
     def stage(self, size: int) -> np.ndarray:
         """That much pinned memory which no copy under way reads."""
@@ -1910,8 +1917,7 @@ class Engine:
         Invariant: a row is refilled only after all steps of its last owner have been started, and
         the stream keeps their order."""
         params, row, V = seq.params, seq.row, self.cfg.vocab_size
-        self.place.upload(self.block_tables[row, :len(seq.block_table)],
-                          np.array(seq.block_table, np.int32))
+        self.place.upload(self.block_tables, np.array(seq.block_table, np.int32), row)
         edits = bool(params.logit_bias) or params.min_tokens > 0 or params.penalizes
         settings = np.zeros(kernels.NUM_SETTINGS, np.float32)
         settings[kernels.TEMPERATURE] = 0 if params.greedy else params.temperature
@@ -1921,17 +1927,17 @@ class Engine:
         settings[kernels.PRESENCE] = params.presence_penalty
         settings[kernels.FREQUENCY] = params.frequency_penalty
         settings[kernels.EDITED] = edits
-        self.place.upload(self.settings[row], settings)
-        self.place.upload(self.seeds[row], np.array([seq.seed & 0xFFFFFFFF, seq.seed >> 32],
-                                                    np.uint32))
+        self.place.upload(self.settings, settings, row)
+        seed = np.array([seq.seed & 0xFFFFFFFF, seq.seed >> 32], np.uint32)
+        self.place.upload(self.seeds, seed, row)
         if edits:
             seen = np.bincount(seq.output_ids, minlength=V).astype(np.int32)
             seen[np.unique(seq.request.prompt_token_ids)] += kernels.IN_PROMPT
-            self.place.upload(self.seen[row], seen)
+            self.place.upload(self.seen, seen, row)
             self.fill_bias(seq)
 
     def fill_bias(self, seq: Sequence) -> None:
-        self.place.upload(self.bias[seq.row], self.bias_of(seq, seq.num_sampled))
+        self.place.upload(self.bias, self.bias_of(seq, seq.num_sampled), seq.row)
 
     def bias_of(self, seq: Sequence, num_sampled: int) -> np.ndarray:
         """(V,) float32, added to the logits that follow its first num_sampled outputs: logit_bias,
