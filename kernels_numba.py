@@ -2652,21 +2652,29 @@ def attention_tiled(out, qkv, k_cache, v_cache, block_tables, rows, query_starts
 #
 # A warpgroup fills a ring of stages, each a tile of keys and values; two others own 64 queries
 # each, and the tensor cores work for one of them while the other takes exponents. Threads copy, 16
-# bytes each: a block of the cache is too small a box to keep the copy engine busy.
+# bytes each: a block of the cache is too small a box to keep the copy engine busy. Where registers
+# suffice, a tile serves two query heads of its KV head: half as much to copy, and half as often a
+# ring to be filled while nobody computes.
 
 FLASH_QUERIES, FLASH_KEYS = 128, 128
-FLASH_HEADS = (64,) if SIMULATOR else (64, 128)
-FLASH_STAGES = {64: 4, 128: 3}
-FLASH_EMPTY, FLASH_BARRIERS = 4, 8         # barriers: full[i] from 0 on, empty[i] from 4 on
+FLASH_STAGES = {64: 4, 128: 3}             # by head_dim
+# barriers: full[i] from 0 on, empty[i] from 4 on, then the turn of each warpgroup
+FLASH_EMPTY, FLASH_TURN, FLASH_BARRIERS = 4, 8, 10
 
 
-def flash_shared(D):
+def flash_heads(D, R, thread_blocks):
+    """Query heads that a thread block takes at once, of the R of a KV head, if so many thread
+    blocks were there for one: two, unless multiprocessors would be idle. The bits are the same."""
+    return 2 if D == 64 and R % 2 == 0 and thread_blocks >= 2 * num_multiprocessors() else 1
+
+
+def flash_shared(D, HEADS):
     """Bytes of shared memory: the queries, and stages of keys and values; 1 KB to align."""
-    return 1024 + 2 * D * (FLASH_QUERIES + 2 * FLASH_STAGES[D] * FLASH_KEYS)
+    return 1024 + 2 * D * (HEADS * FLASH_QUERIES + 2 * FLASH_STAGES[D] * FLASH_KEYS)
 
 
-def make_attention_wgmma(D):
-    """The kernel for one head_dim."""
+def make_attention_wgmma(D, HEADS):
+    """The kernel for one head_dim, and one or two heads at once."""
     KEYS, STAGES, PANELS = FLASH_KEYS, FLASH_STAGES[D], D // 64
     scores_first, scores_add = WGMMA[KEYS].first, WGMMA[KEYS].add
     scores_wait, sums_wait = WGMMA[KEYS].wait, WGMMA[D].wait
@@ -2674,7 +2682,7 @@ def make_attention_wgmma(D):
     SCORES, OUTS, WEIGHTS = KEYS // 2, D // 2, KEYS // 4
     PANEL = KEYS * 32                      # words of 64 channels of all keys
     STAGE = 2 * PANELS * PANEL             # keys, then values
-    QUERIES = FLASH_QUERIES * PANELS * 32  # words
+    QUERIES = FLASH_QUERIES * PANELS * 32  # words, of one head
     PRODUCERS = 4 * WARP                   # eight of them copy a row
     ROWS, ROWS_APART = KEYS * 8 // PRODUCERS, PRODUCERS // 8
 
@@ -2742,10 +2750,26 @@ def make_attention_wgmma(D):
                        like)
 
     @cuda.jit(device=True)
-    def weigh(x, m, l, rescales, first, position, scale):
+    def multiply(x, acc, p, ring, q, keys, values, barriers, warpgroup, parity, like):
+        """x = q @ k.T, acc += p @ v: the scores of a head together with the sums of the head, or
+        the tile, before, so that the tensor cores are free in one piece while these scores become
+        weights. With one head that piece is the other warpgroup's: each starts its products after
+        the other has started its own. With two they would only wait for each other."""
+        if HEADS == 1:
+            await_barrier(barriers, FLASH_TURN + warpgroup, parity)
+        multiply_keys(x, ring, q, keys, like)
+        wgmma_from_registers(acc, 0, p, 0, ring, values, like)
+        if HEADS == 1 and cuda.threadIdx.x % WARP == 0:
+            barrier_arrive(barriers, FLASH_TURN + 1 - warpgroup)
+        scores_wait(x, 0)
+        sums_wait(acc, 0)
+
+    @cuda.jit(device=True)
+    def weigh(x, p, acc, m, l, first, position, scale, like):
         """Online softmax of a lane's scores for keys from `first` on, at its two positions: x
-        becomes weights, the sums so far are to be multiplied by `rescales`. The four lanes of a
-        quad share their rows."""
+        becomes weights, in p as elements; acc and l, the sums so far, shrink to the new maximum m.
+        The four lanes of a quad share their rows."""
+        rescales = cuda.local.array(2, float32)
         lane = cuda.threadIdx.x % WARP
         # the causal mask, needed only where a tile reaches beyond the warp's first query
         if first + KEYS - 1 > position - lane // 4:
@@ -2770,12 +2794,11 @@ def make_attention_wgmma(D):
                 x[n * 4 + half * 2], x[n * 4 + half * 2 + 1] = low, high
                 total += low + high
             l[half] = l[half] * rescales[half] + total
-
-    @cuda.jit(device=True)
-    def pack_weights(p, x, like):
-        """The fragment that came out of one product goes into the next as it is."""
-        for n in range(KEYS // 4):
-            p[n] = pack(x[n * 2], x[n * 2 + 1], like)
+        for n in range(D // 8):
+            for i in range(4):
+                acc[n * 4 + i] *= rescales[i // 2]
+        for n in range(KEYS // 4):         # the fragment that came out of one product goes into
+            p[n] = pack(x[n * 2], x[n * 2 + 1], like)          # the next as it is
 
     @cuda.jit(device=True)
     def store_sums(out, acc, l, h, first_t, end_t):
@@ -2800,15 +2823,15 @@ def make_attention_wgmma(D):
 
         out              (T, H, D)         f16 bf16   written
         qkv              (T, H+2G, D)      as out     q read
-        k_cache, v_cache (blocks, P, G, D) as out     read once for each tile of queries of a head
+        k_cache, v_cache (blocks, P, G, D) as out     read once for each tile of queries
         block_tables     (rows, blocks)    i32        read
         rows, seq_lens   (B,)              i32        read
         query_starts     (B+1,)            i32        read
-        launch grid (H, tiles of queries), thread block of WGMMA_WARPS warps, 16 queries each, and a
-               warpgroup that copies
-        shared flash_shared(D) bytes: a tile of queries, stages of keys and values
+        launch grid (H / HEADS, tiles of queries), thread block of WGMMA_WARPS warps, 16 queries
+               each, and a warpgroup that copies
+        shared flash_shared(D, HEADS) bytes: a tile of queries, stages of keys and values
         moves  2*T*H*D*E + 2*T*H*S*D*E/QUERIES bytes, does 4*T*H*S*D flops: compute-bound
-        needs  D in FLASH_HEADS   (else the launcher takes the rung below), sm_90a
+        needs  (D, HEADS) in ATTENTION_WGMMA (else the launcher takes the rung below), sm_90a
         twin   paged_attention_ref      paper  arXiv:2307.08691, arXiv:2407.08608
         """
         # fragments: x (KEYS / 8, 4), acc (D / 8, 4); of the 4, half * 2 + i is row
@@ -2816,22 +2839,23 @@ def make_attention_wgmma(D):
         ring = cuda.shared.array(0, uint32)
         barriers = cuda.shared.array(FLASH_BARRIERS, uint64)
         x = cuda.local.array(SCORES, float32)
-        acc = cuda.local.array(OUTS, float32)
         p = cuda.local.array(WEIGHTS, uint32)
-        m = cuda.local.array(2, float32)
-        l = cuda.local.array(2, float32)
-        rescales = cuda.local.array(2, float32)
+        acc, next_acc = cuda.local.array(OUTS, float32), cuda.local.array(OUTS, float32)
+        m, next_m = cuda.local.array(2, float32), cuda.local.array(2, float32)
+        l, next_l = cuda.local.array(2, float32), cuda.local.array(2, float32)
         tid, lane, warp = cuda.threadIdx.x, cuda.threadIdx.x % WARP, cuda.threadIdx.x // WARP
         first = first_of_ring(ring, 0)
         if tid == 0:
             for stage in range(STAGES):
                 barrier_init(barriers, stage, uint32(PRODUCERS))
                 barrier_init(barriers, FLASH_EMPTY + stage, uint32(WGMMA_WARPS))
+            for warpgroup in range(2):
+                barrier_init(barriers, FLASH_TURN + warpgroup, uint32(WGMMA_WARPS // 2))
             barriers_ready()
         cuda.syncthreads()                 # else a thread uses a barrier that is not there yet
         start_next_kernel()
         wait_for_inputs()
-        h, H, G, B = cuda.blockIdx.x, out.shape[1], k_cache.shape[2], seq_lens.shape[0]
+        h, H, G, B = cuda.blockIdx.x * HEADS, out.shape[1], k_cache.shape[2], seq_lens.shape[0]
         g = h // (H // G)
         # this thread block's tile: the requests' tiles are counted off one after another, from the
         # last on, for it is the longest of its request
@@ -2848,65 +2872,76 @@ def make_attention_wgmma(D):
         context = seq_lens[b] - (end_t - first_t)              # position of the tile's first query
         S = min(context + FLASH_QUERIES, seq_lens[b])          # keys that its last query sees
         num_tiles = ceil_div_int(S, KEYS)
+        stages = first + HEADS * QUERIES
         if warp >= WGMMA_WARPS:
             few_registers()
-            fill_ring(ring, first + QUERIES, barriers, k_cache, v_cache, block_tables, rows[b], g,
-                      S, num_tiles)
+            fill_ring(ring, stages, barriers, k_cache, v_cache, block_tables, rows[b], g, S,
+                      num_tiles)
             return
         many_registers()
-        load_queries(ring, first, qkv, h, first_t, end_t)
+        for n in range(HEADS):
+            load_queries(ring, first + n * QUERIES, qkv, h + n, first_t, end_t)
         fence_shared()
         meet(1, WGMMA_WARPS * WARP)        # else a warp multiplies queries not there yet
         for half in range(2):
-            m[half], l[half] = NEG_INF, ZERO
+            m[half], l[half], next_m[half], next_l[half] = NEG_INF, ZERO, NEG_INF, ZERO
         for i in range(OUTS):
-            acc[i] = ZERO
+            acc[i], next_acc[i] = ZERO, ZERO
         scale = LOG2E / math.sqrt(float32(D))
-        q, position = first + warp // 4 * (64 * 32), context + warp * 16 + lane // 4
-        keys, values = first + QUERIES, first + QUERIES + PANELS * PANEL
-        stage, parity = 0, uint32(0)
+        warpgroup, position = warp // 4, context + warp * 16 + lane // 4
+        q, turn = first + warpgroup * (64 * 32), uint32(1 - warpgroup)         # the first begins
+        stage, parity, keys, values = 0, uint32(0), stages, stages + PANELS * PANEL
         await_barrier(barriers, 0, parity)
         multiply_keys(x, ring, q, keys, out)
         scores_wait(x, 0)
-        weigh(x, m, l, rescales, 0, position, scale)
-        pack_weights(p, x, out)
-        for j in range(1, num_tiles):
-            used = stage
-            stage, parity = next_stage(stage, parity, STAGES)
-            # the scores of this tile together with the sums of the one before: the tensor cores are
-            # free in one piece while these scores become weights
-            await_barrier(barriers, stage, parity)
-            multiply_keys(x, ring, q, keys + stage * STAGE, out)
-            wgmma_from_registers(acc, 0, p, 0, ring, values + used * STAGE, out)
-            scores_wait(x, 0)
+        weigh(x, p, acc, m, l, 0, position, scale, out)
+        for j in range(num_tiles):
+            if HEADS == 2:
+                multiply(x, acc, p, ring, q + QUERIES, keys, values, barriers, warpgroup, turn, out)
+                weigh(x, p, next_acc, next_m, next_l, j * KEYS, position, scale, out)
+            if j + 1 < num_tiles:
+                used, used_values = stage, values
+                stage, parity = next_stage(stage, parity, STAGES)
+                keys = stages + stage * STAGE
+                values = keys + PANELS * PANEL
+                await_barrier(barriers, stage, parity)
+                if HEADS == 2:
+                    multiply(x, next_acc, p, ring, q, keys, used_values, barriers, warpgroup, turn,
+                             out)
+                else:
+                    multiply(x, acc, p, ring, q, keys, used_values, barriers, warpgroup, turn, out)
+                turn ^= uint32(1)
+                if lane == 0:
+                    barrier_arrive(barriers, FLASH_EMPTY + used)
+                weigh(x, p, acc, m, l, (j + 1) * KEYS, position, scale, out)
+        if HEADS == 2:
+            wgmma_from_registers(next_acc, 0, p, 0, ring, values, out)
+            sums_wait(next_acc, 0)
+            store_sums(out, next_acc, next_l, h + 1, first_t, end_t)
+        else:
+            wgmma_from_registers(acc, 0, p, 0, ring, values, out)
             sums_wait(acc, 0)
-            if lane == 0:
-                barrier_arrive(barriers, FLASH_EMPTY + used)
-            weigh(x, m, l, rescales, j * KEYS, position, scale)
-            for n in range(D // 8):
-                for i in range(4):
-                    acc[n * 4 + i] *= rescales[i // 2]
-            pack_weights(p, x, out)
-        wgmma_from_registers(acc, 0, p, 0, ring, values + stage * STAGE, out)
-        sums_wait(acc, 0)
         store_sums(out, acc, l, h, first_t, end_t)
     return attention_wgmma_kernel
 
 
-ATTENTION_WGMMA = {D: make_attention_wgmma(D) for D in FLASH_HEADS}
+ATTENTION_WGMMA = {key: make_attention_wgmma(*key)
+                   for key in ((64, 1), (64, 2), (128, 1))[:2 if SIMULATOR else 3]}
 
 
 def attention_wgmma(out, qkv, k_cache, v_cache, block_tables, rows, query_starts, seq_lens,
                     *workspace, stream=0):
     T, H, G, D = attention_shapes(out, qkv, k_cache, v_cache)
-    if D not in ATTENTION_WGMMA:
+    # tiles do not span requests: at most one for each request is not full
+    tiles = min(T, T // FLASH_QUERIES + len(seq_lens))
+    heads = flash_heads(D, H // G, H * tiles)
+    if (D, heads) not in ATTENTION_WGMMA:
         attention_tiled(out, qkv, k_cache, v_cache, block_tables, rows, query_starts, seq_lens,
                         stream=stream)
         return
-    # tiles do not span requests: at most one for each request is not full
-    grid, threads = (H, min(T, T // FLASH_QUERIES + len(seq_lens))), (WGMMA_WARPS + 4) * WARP
-    launch(ATTENTION_WGMMA[D], grid, threads, stream, flash_shared(D), out, qkv, k_cache, v_cache,
-           block_tables, rows, query_starts, seq_lens)
+    launch(ATTENTION_WGMMA[D, heads], (H // heads, tiles), (WGMMA_WARPS + 4) * WARP, stream,
+           flash_shared(D, heads), out, qkv, k_cache, v_cache, block_tables, rows, query_starts,
+           seq_lens)
 
 
 # ---- decode: a warp walks tiles of 16 keys for R query heads at once ----
@@ -5259,6 +5294,7 @@ TILED_ATTENTIONS = (dict(H=1, G=1, D=16, **MIXED),
 WGMMA_ATTENTIONS = (dict(H=1, G=1, D=64, **MIXED),
                     dict(H=2, G=1, D=64, P=16, contexts=(170, 18), queries=(40, 5)),
                     *(() if SIMULATOR else (
+                        dict(H=2, G=1, D=64, P=16, contexts=(1100, 300, 7), queries=(700, 300, 1)),
                         dict(H=64, G=2, D=64, P=16, contexts=(1100, 300, 7), queries=(700, 300, 1)),
                         dict(H=64, G=8, D=128, P=32, contexts=(900, 300), queries=(500, 129)))))
 DECODES = (dict(H=1, G=1, D=64, P=16, contexts=(1,), queries=(1,)),
