@@ -1074,6 +1074,14 @@ def warp_sum(value):
 
 
 @cuda.jit(device=True)
+def warp_max(value):
+    """The largest `value` of the 32 lanes, in all of them."""
+    for mask in (16, 8, 4, 2, 1):
+        value = max(value, shuffle_xor(value, mask))
+    return value
+
+
+@cuda.jit(device=True)
 def block_sum(value, threads):
     """Sum of `value` over the first `threads` of a thread block, the same for all of them."""
     partial = cuda.shared.array(WARP, float32)
@@ -2959,15 +2967,14 @@ def count_splits(seq_lens, split):
 
 
 @cuda.jit(device=True)
-def locate(item, G, seq_lens, splits, rows, split):
-    """b, the row of its block table, the first key and the length of the context of an item, which
-    is a KV head of a split; of split 0 where there are fewer, and nobody uses it."""
+def locate(item, G, seq_lens, splits, split):
+    """b, the first key and the length of the context of an item, which is a KV head of a split; of
+    split 0 where there are fewer, and nobody uses it."""
     j = int64(divide(uint32(item), uint32(G)))
     if j >= int64(load_word(splits, seq_lens.shape[0])):
         j = 0
     b = int64(load_word(splits, seq_lens.shape[0] + 1 + j))
-    first = (j - int64(load_word(splits, b))) * split
-    return b, int64(load_word(rows, b)), first, int64(load_word(seq_lens, b))
+    return b, (j - int64(load_word(splits, b))) * split, int64(load_word(seq_lens, b))
 
 
 def make_attention_sums(D, IN_ORDER):
@@ -3001,7 +3008,7 @@ def make_attention_sums(D, IN_ORDER):
                     acc[n * 4 + half * 2 + 1] *= rescale
                 for i in range(4):
                     j = half * 2 + i // 2 * 4 + i % 2
-                    x[j] = exp2(x[j] * scale - shift)
+                    x[j] = exp2(multiply_add(x[j], scale, -shift))
                     l[half] += x[j]
                 p[half] = pack(x[half * 2], x[half * 2 + 1], like)
                 p[2 + half] = pack(x[half * 2 + 4], x[half * 2 + 5], like)
@@ -3147,7 +3154,8 @@ def make_attend_splits(D):
         G, H, width = k_cache.shape[2], out.shape[1], DECODE_WARPS * 16
         R, items = int64(divide(uint32(H), uint32(G))), int64(load_word(splits, B)) * G
         item, stride = int64(cuda.blockIdx.x), int64(cuda.gridDim.x)
-        b, row, first, S = locate(item, G, seq_lens, splits, rows, split)
+        b, first, S = locate(item, G, seq_lens, splits, split)
+        row = int64(load_word(rows, b))
         j = int64(divide(uint32(item), uint32(G)))
         end, g = min(first + split, S), item - j * G
         if item < items:
@@ -3158,8 +3166,8 @@ def make_attend_splits(D):
             load_queries(q, q_words, qkv, b, g, R, G)
             next_b, next_row, next_first, next_S = b, row, first, S
             if item + stride < items:
-                next_b, next_row, next_first, next_S = locate(item + stride, G, seq_lens, splits,
-                                                              rows, split)
+                next_b, next_first, next_S = locate(item + stride, G, seq_lens, splits, split)
+                next_row = int64(load_word(rows, next_b))
             next_j = int64(divide(uint32(item + stride), uint32(G)))
             next_end, next_g = min(next_first + split, next_S), item + stride - next_j * G
             for half in range(2):
@@ -3217,8 +3225,7 @@ def merged_pair(partial, splits, b, h, pair):
     H, D, m = partial.shape[1], partial.shape[2] - 2, NEG_INF
     for i in range(begin + lane, end, WARP):
         m = max(m, partial[i, h, D])
-    for mask in (16, 8, 4, 2, 1):
-        m = max(m, shuffle_xor(m, mask))
+    m = warp_max(m)
     l, o, next_o = ZERO, ZERO, ZERO
     for i in range(begin, end, WARP):
         split = min(i + lane, end - 1)
@@ -3903,9 +3910,9 @@ EMPTY, X_FULL, X_EMPTY = MAX_STAGES, 2 * MAX_STAGES, 2 * MAX_STAGES + MAX_X_STAG
 NUM_BARRIERS = 2 * MAX_STAGES + 2 * MAX_X_STAGES
 QKV, O, GATE_UP, DOWN, LM_HEAD = range(5)  # the matmuls of a layer in their order, and the last one
 H_MAP, O_MAP, ACT_MAP, KV_MAP = range(5, 9)            # tensor maps behind those of the matrices
-ITEMS, PARTS, STEPS, ROWS, PLACE = range(5)            # columns of the plan: items of a matrix,
-                                           # parts of its K, steps of an item, rows, and where its
-                                           # sums begin in `parts` if there is but one token
+# columns of the plan: items of a matrix, its tiles and the parts of its K, steps of an item, rows,
+# and where its sums begin in `parts` if there is but one token
+ITEMS, TILES, PARTS, STEPS, ROWS, PLACE = range(6)
 FAST = 3                                   # stages of weights on their way at once, see
                                            # await_copies; SLOW is each kernel's own
 MAIL_TOKENS = 16                           # for so many, at most, q, k and v go by mail
@@ -3948,11 +3955,12 @@ def parts_of(N, K):
 
 
 def decode_plan(H, G, D, C, F, V):
-    """(5, 5) int32: for each matrix what its items are."""
+    """(5, 6) int32: for each matrix what its items are."""
     plan, place = [], 0
     for kind, (N, K) in enumerate((*shapes_of_layer(H, G, D, C, F), (V, C))):
         parts = parts_of(N, K) if kind in (QKV, O, DOWN) else 1
-        plan.append((ceil_div(N, TILE_ROWS) * parts, parts, K // parts // 64, N, place))
+        tiles = ceil_div(N, TILE_ROWS)
+        plan.append((tiles * parts, tiles, parts, K // parts // 64, N, place))
         if kind in (QKV, O, DOWN):
             place += parts * N
     return np.array(plan, np.int32)
@@ -4048,10 +4056,11 @@ def kind_of(matrix, num_matrices):
 
 
 @cuda.jit(device=True)
-def tile_and_part(item, parts):
-    """What an item of a matrix is: 128 of its rows by a part of its K."""
-    tile = int64(divide(uint32(item), uint32(parts)))
-    return tile, item - tile * parts
+def tile_and_part(item, tiles):
+    """What an item of a matrix is: 128 of its rows by a part of its K, which neighbours have in
+    common, so that they ask for the same tokens."""
+    part = int64(divide(uint32(item), uint32(tiles)))
+    return item - part * tiles, part
 
 
 def keys_of_stage(D):
@@ -4086,14 +4095,16 @@ def stream_context(ring, first, stage, stages, parity, barriers, maps, item, lay
     items = int64(load_word(splits, seq_lens.shape[0])) * G
     # each lane has looked up one of the thread block's next 32 items: one item after another these
     # loads, each of which waits for the one before, would take longer than the copies
-    _, row, key, S = locate(item + lane * stride, G, seq_lens, splits, rows, SPLIT)
+    b, key, S = locate(item + lane * stride, G, seq_lens, splits, SPLIT)
+    row = load_word(rows, b)
     k, end, n, blocks = open_context(0, row, key, S, P, block_tables)
     turn = 0
     while item < items:
         turn += 1
         if turn == WARP:
             turn = 0
-            _, row, key, S = locate(item + (1 + lane) * stride, G, seq_lens, splits, rows, SPLIT)
+            b, key, S = locate(item + (1 + lane) * stride, G, seq_lens, splits, SPLIT)
+            row = load_word(rows, b)
         next_k, next_end, next_n, next_blocks = open_context(turn, row, key, S, P, block_tables)
         g = uint32(item - int64(divide(uint32(item), uint32(G))) * G)
         # invariant: a stage begins with a block or inside one, for SPLIT is a multiple of P
@@ -4151,9 +4162,9 @@ def stream_weights(ring, first, stages, barriers, plan, pace, maps, num_matrices
             item, stage, parity = stream_context(ring, first, stage, stages, parity, barriers, maps,
                                                  item, matrix >> 2, D, KEYS, G, P, block_tables,
                                                  rows, seq_lens, splits)
-        parts, steps = plan[kind, PARTS], plan[kind, STEPS]
+        tiles, steps = plan[kind, TILES], plan[kind, STEPS]
         while item < plan[kind, ITEMS]:
-            tile, part = tile_and_part(item, parts)
+            tile, part = tile_and_part(item, tiles)
             k = part * steps * 64
             for _ in range(steps):
                 await_barrier(barriers, EMPTY + stage, parity)
@@ -4222,7 +4233,7 @@ def stream_tokens(ring, first, x_stages, x_steps, step_words, barriers, plan, ma
     launches = load_word(arrivals, arrivals.shape[0] - 1)
     for matrix in range(num_matrices):
         kind, layer = kind_of(matrix, num_matrices), matrix >> 2
-        parts, steps, meeting = plan[kind, PARTS], plan[kind, STEPS], layer * MEETINGS
+        tiles, steps, meeting = plan[kind, TILES], plan[kind, STEPS], layer * MEETINGS
         source, made_here, o_mailed = H_MAP, alone, False
         if kind == O:
             source, made_here = O_MAP, alone and num_splits > 1
@@ -4245,7 +4256,7 @@ def stream_tokens(ring, first, x_stages, x_steps, step_words, barriers, plan, ma
                 fence_copies()
             meet_warp()
         while item < plan[kind, ITEMS]:
-            tile, part = tile_and_part(item, parts)
+            tile, part = tile_and_part(item, tiles)
             for step in range(0, steps, x_steps):
                 at, k = first + x_stage * x_stage_words, part * steps + step
                 await_barrier(barriers, X_EMPTY + x_stage, parity)
@@ -4286,11 +4297,11 @@ def make_attend_stages(D, N):
         return chunk // 8 * (KEYS * 64) + line * 32 + ((chunk ^ line) & 7) * 4
 
     @cuda.jit(device=True)
-    def look_up(item, G, seq_lens, splits, rows, slots):
+    def look_up(item, G, seq_lens, splits, slots):
         """Of an item: request, first key and length of its context, split and KV head, and the slot
         of the context's last token, which is new. Each lane of a warp asks for another of the
         thread block's next 32 items: one after another this would take longer than the items."""
-        b, _, key, S = locate(item, G, seq_lens, splits, rows, SPLIT)
+        b, key, S = locate(item, G, seq_lens, splits, SPLIT)
         j = divide(uint32(item), uint32(G))
         return (uint32(b), uint32(key), uint32(S), j, uint32(uint32(item) - uint32(j * uint32(G))),
                 load_word(slots, b))
@@ -4471,7 +4482,7 @@ def make_attend_stages(D, N):
     @cuda.jit(device=True)
     def attend_stages(out, partial, sums, ring, first, stage, stages, parity, barriers, item,
                       k_cache, v_cache, parts, num_parts, mail, mailed, stamp, o_mail, arrivals,
-                      made, cos, sin, slots, rows, seq_lens, items, splits):
+                      made, cos, sin, slots, seq_lens, items, splits):
         """Attention of this thread block's items, whose contexts stream_context brings. All warps
         work on an item, a warp on every DECODE_WARPS-th tile of 16 keys; each warp waits for each
         stage and gives it back, for the ring has one order.
@@ -4499,7 +4510,7 @@ def make_attend_stages(D, N):
         group, group_words = fetched + fetched_words, (R + 2) * (D // 2)
         turn = 0                           # lane n knows the n-th item from here on
         all_b, all_keys, all_S, all_j, all_g, all_slots = look_up(
-            item + lane * stride, G, seq_lens, splits, rows, slots)
+            item + lane * stride, G, seq_lens, splits, slots)
         if item < items and not mailed:
             gather(arrivals, made)
         for n in range(2):
@@ -4572,7 +4583,7 @@ def make_attend_stages(D, N):
             if turn == WARP - 2:           # no lane knows the item after the next
                 turn = 0
                 all_b, all_keys, all_S, all_j, all_g, all_slots = look_up(
-                    item + lane * stride, G, seq_lens, splits, rows, slots)
+                    item + lane * stride, G, seq_lens, splits, slots)
         return item - items, stage, parity
     return attend_stages
 
@@ -4681,9 +4692,7 @@ def make_forward_decode(D, N):
             l_word, next_sent = receive(mail, letter + 1)
             missing = sent != stamp or next_sent != stamp
         meet_warp()                        # else a lane is asked for what it does not know yet
-        m = float_of(m_word)
-        for mask in (16, 8, 4, 2, 1):
-            m = max(m, shuffle_xor(m, mask))
+        m = warp_max(float_of(m_word))
         weights = float_bits(exp2(float_of(m_word) - m))
         parts_of_l = float_bits(float_of(l_word) * float_of(weights))
         l, o, next_o = ZERO, ZERO, ZERO
@@ -4707,7 +4716,7 @@ def make_forward_decode(D, N):
         of O need of it, to the words in which norm_tokens leaves a token."""
         lane, warp, C = thread_index() % WARP, thread_index() // WARP, x.shape[1]
         for own in range(item, plan[O, ITEMS], cuda.gridDim.x):
-            _, part = tile_and_part(own, plan[O, PARTS])
+            _, part = tile_and_part(own, plan[O, TILES])
             for step in range(warp, plan[O, STEPS], DECODE_WARPS):
                 k = part * plan[O, STEPS] + step               # 64 channels of one head
                 head = int64(divide(uint32(k), uint32(D // 64)))
@@ -4768,7 +4777,7 @@ def make_forward_decode(D, N):
     @cuda.jit(device=True)
     def consume(ring, sums, first, stages, num_x_stages, barriers, plan, pace, acc, acc_far,
                 flat_logits, x, h, o, flat_act, kv_cache, parts, partial, mail, o_mail, arrivals,
-                tokens, slots, rows, seq_lens, splits, cos, sin, embed, norms, eps):
+                tokens, slots, seq_lens, splits, cos, sin, embed, norms, eps):
         """What the consumers do: all operations, between meetings of all thread blocks."""
         tid = thread_index()
         lane, warp = tid % WARP, tid // WARP
@@ -4791,7 +4800,7 @@ def make_forward_decode(D, N):
                     o, partial, sums, ring, first, stage, stages, parity, barriers, item,
                     kv_cache[0, layer], kv_cache[1, layer], parts, plan[QKV, PARTS], mail,
                     qkv_mailed, stamp, o_mail, arrivals, meeting + QKV_MADE, cos, sin, slots,
-                    rows, seq_lens, items, splits)
+                    seq_lens, items, splits)
                 if num_splits > B:         # some context has several splits
                     mailed = alone and num_splits <= MAIL_SPLITS
                     if mailed:
@@ -4803,11 +4812,11 @@ def make_forward_decode(D, N):
                         merge_own(ring, partial, splits, item, plan, mail, mailed, o_mail, stamp, x)
                         meet(2, CONSUMERS + WARP)              # with who copies it to the ring
                     else:
-                        for pair in range(warp * cuda.gridDim.x + cuda.blockIdx.x, B * H,
+                        for head in range(warp * cuda.gridDim.x + cuda.blockIdx.x, B * H,
                                           DECODE_WARPS * cuda.gridDim.x):
-                            b = int64(divide(uint32(pair), uint32(H)))
+                            b = int64(divide(uint32(head), uint32(H)))
                             if splits[b + 1] - splits[b] > 1:
-                                merge_head(o, partial, splits, b, pair - b * H, lane, WARP)
+                                merge_head(o, partial, splits, b, head - b * H, lane, WARP)
                 if not alone:              # one token's went by mail, or every thread block made it
                     arrive(arrivals, meeting + ATTENDED)
                 made = meeting + O_MADE
@@ -4858,7 +4867,7 @@ def make_forward_decode(D, N):
                 if lane == 0:
                     barrier_arrive(barriers, EMPTY + used_stage)
                     barrier_arrive(barriers, X_EMPTY + used_x_stage)
-                tile, part = tile_and_part(item, plan[kind, PARTS])
+                tile, part = tile_and_part(item, plan[kind, TILES])
                 store_tile(acc, 0, kind, tile, part, plan[kind, ROWS], B, parts, flat_act,
                            flat_logits, by_mail, plan[kind, PLACE], mail, stamp)
                 if N > COLUMNS:
@@ -4894,7 +4903,7 @@ def make_forward_decode(D, N):
         cos, sin         (positions, D/2)     f32        read
         embed            (V, C)               as x       B rows read
         norms            (2L+1, C)            as x       read
-        whole_plan, maps (5, 5) i32, (9, 16) u64         read: see decode_plan, decode_tables
+        whole_plan, maps (5, 6) i32, (9, 16) u64         read: see decode_plan, decode_tables
         launch grid of one thread block for each multiprocessor, all there at once; thread block of
                CONSUMERS threads and a warpgroup, two warps of which work
         shared sum_words, then up to 1 KB to align, `stages` of STAGE_WORDS and
@@ -4906,7 +4915,7 @@ def make_forward_decode(D, N):
         sums = cuda.shared.array(0, float32)
         ring = cuda.shared.array(0, uint32)
         barriers = cuda.shared.array(NUM_BARRIERS, uint64)
-        plan = cuda.shared.array((5, 5), int32)    # here, for each meeting empties the L1 cache
+        plan = cuda.shared.array((5, 6), int32)    # here, for each meeting empties the L1 cache
         pace = cuda.shared.array(1, uint32)        # of the weights: consumers set it
         acc = cuda.local.array(ACCUMULATORS, float32)
         acc_far = cuda.local.array(ACCUMULATORS, float32)  # of tokens from COLUMNS on
@@ -4922,8 +4931,8 @@ def make_forward_decode(D, N):
                 barrier_init(barriers, X_EMPTY + x_stage, uint32(DECODE_WARPS))
             barriers_ready()
             pace[0] = FAST
-        if tid < 25:
-            plan[tid // 5, tid % 5] = whole_plan[tid // 5, tid % 5]
+        if tid < 30:
+            plan[tid // 6, tid % 6] = whole_plan[tid // 6, tid % 6]
         cuda.syncthreads()                 # else a thread uses a barrier that is not there yet
         start_next_kernel()
         if tid < CONSUMERS:
@@ -4931,7 +4940,7 @@ def make_forward_decode(D, N):
             wait_for_inputs()
             consume(ring, sums, first, stages, num_x_stages, barriers, plan, pace, acc, acc_far,
                     flat_logits, x, h, o, flat_act, kv_cache, parts, partial, mail, o_mail,
-                    arrivals, tokens, slots, rows, seq_lens, splits, cos, sin, embed, norms, eps)
+                    arrivals, tokens, slots, seq_lens, splits, cos, sin, embed, norms, eps)
             # who leaves last, when nobody can be waiting any more, sets all counts back
             last = arrivals.shape[0] - 2
             if tid == 0 and add_acquire(arrivals, last, uint32(1)) == uint32(cuda.gridDim.x - 1):
@@ -5308,6 +5317,12 @@ MANY_TOKENS = () if SIMULATOR else (
     dict(L=1, contexts=tuple(range(500, 540)), **ONE_STEP, **WIDE),
     dict(L=1, contexts=(600, 3), **ONE_STEP | dict(D=128), **WIDE),
     dict(L=2, contexts=(1300,), **ONE_STEP, **WIDE),
+    dict(L=1, contexts=(1300,), **ONE_STEP | dict(D=128), **WIDE),
+    # many query heads for a KV head, q, k and v in 8 parts, and the widest heads
+    dict(L=1, contexts=(600, 40), **ONE_STEP, **WIDE | dict(H=12, G=1)),
+    dict(L=1, contexts=(600, 40), **ONE_STEP | dict(D=128), **WIDE | dict(H=6, G=1)),
+    dict(L=1, contexts=(530, 3), **ONE_STEP | dict(D=192), **WIDE | dict(H=4, G=2)),
+    dict(L=1, contexts=(530, 3), **ONE_STEP | dict(D=256), **WIDE | dict(H=4, G=2)),
     # one token, and more items of attention than thread blocks
     dict(L=2, contexts=(17000,), **ONE_STEP, **WIDE))
 # more items than lanes, for the simulator's one thread block; blocks of more tokens than a stage
