@@ -2053,12 +2053,12 @@ class Engine:
         query_starts = flat[3 * T + 4 * B:]
         slots[:] = len(self.allocator.ref_counts) * P          # padding: the block of nobody
         rows[:] = sample_rows[:] = nobody
-        start = 0
+        start, in_block = 0, np.arange(P, dtype=np.int32)
         for b, (seq, count, end) in enumerate(zip(batch.sequences, batch.counts, batch.seq_lens)):
-            where, part = np.arange(end - count, end), slice(start, start + count)
-            tokens[part], positions[part] = seq.token_ids[end - count:end], where
-            blocks = np.array(seq.block_table, np.int32)
-            slots[part] = blocks[where // P] * P + where % P
+            first, part = end - count, slice(start, start + count)
+            tokens[part], positions[part] = seq.token_ids[first:end], np.arange(first, end)
+            blocks = np.array(seq.block_table[first // P:ceil_div(end, P)], np.int32)
+            slots[part] = (blocks[:, None] * P + in_block).reshape(-1)[first % P:first % P + count]
             seq_lens[b], rows[b] = end, seq.row
             start += count
             last_tokens[b], query_starts[b + 1] = start - 1, start
