@@ -334,7 +334,7 @@ MODEL_SHAPES = [
 
 def formula_values(name: str, dims: dict) -> dict:
     """The names that the cards' formulas use; S is what a query sees on average."""
-    queries = 2 * kernels.FLASH_QUERIES if name == "attention wgmma" else 64     # of two heads
+    queries = 2 * kernels.FLASH_QUERIES if name == "attention wgmma" else 64     # as at 1 x 2048
     values = dict(dims, E=2, J=dims.get("B", 0), QUERIES=queries)
     if "L" in dims:
         H, G, D, C, F, L = (dims[name] for name in "HGDCFL")

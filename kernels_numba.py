@@ -2671,8 +2671,9 @@ FLASH_EMPTY, FLASH_TURN, FLASH_BARRIERS = 4, 8, 10
 
 
 def flash_heads(D, R, thread_blocks):
-    """Query heads that a thread block takes at once, of the R of a KV head, if so many thread
-    blocks were there for one: two, unless multiprocessors would be idle. The bits are the same."""
+    """Query heads that a thread block takes at once, of the R of a KV head: two where registers
+    suffice and half of thread_blocks, those of one head each, are one for each multiprocessor.
+    The operations on a head are the same in both, so the batch changes no bit."""
     return 2 if D == 64 and R % 2 == 0 and thread_blocks >= 2 * num_multiprocessors() else 1
 
 
@@ -2690,7 +2691,7 @@ def make_attention_wgmma(D, HEADS):
     SCORES, OUTS, WEIGHTS = KEYS // 2, D // 2, KEYS // 4
     PANEL = KEYS * 32                      # words of 64 channels of all keys
     STAGE = 2 * PANELS * PANEL             # keys, then values
-    QUERIES = FLASH_QUERIES * PANELS * 32  # words, of one head
+    QUERY_WORDS = FLASH_QUERIES * PANELS * 32  # words, of one head
     PRODUCERS = 4 * WARP                   # eight of them copy a row
     ROWS, ROWS_APART = KEYS * 8 // PRODUCERS, PRODUCERS // 8
 
@@ -2836,9 +2837,11 @@ def make_attention_wgmma(D, HEADS):
         rows, seq_lens   (B,)              i32        read
         query_starts     (B+1,)            i32        read
         launch grid (H / HEADS, tiles of queries), thread block of WGMMA_WARPS warps, 16 queries
-               each, and a warpgroup that copies
-        shared flash_shared(D, HEADS) bytes: a tile of queries, stages of keys and values
-        moves  2*T*H*D*E + 2*T*H*S*D*E/QUERIES bytes, does 4*T*H*S*D flops: compute-bound
+               of each head each, and a warpgroup that copies
+        shared flash_shared(D, HEADS) bytes: a tile of queries for each head, stages of keys and
+               values
+        moves  2*T*H*D*E + 2*T*H*S*D*E/QUERIES bytes, does 4*T*H*S*D flops: compute-bound; QUERIES
+               are those of all heads of a tile
         needs  (D, HEADS) in ATTENTION_WGMMA (else the launcher takes the rung below), sm_90a
         twin   paged_attention_ref      paper  arXiv:2307.08691, arXiv:2407.08608
         """
@@ -2848,6 +2851,7 @@ def make_attention_wgmma(D, HEADS):
         barriers = cuda.shared.array(FLASH_BARRIERS, uint64)
         x = cuda.local.array(SCORES, float32)
         p = cuda.local.array(WEIGHTS, uint32)
+        # next_: of the second head
         acc, next_acc = cuda.local.array(OUTS, float32), cuda.local.array(OUTS, float32)
         m, next_m = cuda.local.array(2, float32), cuda.local.array(2, float32)
         l, next_l = cuda.local.array(2, float32), cuda.local.array(2, float32)
@@ -2880,7 +2884,7 @@ def make_attention_wgmma(D, HEADS):
         context = seq_lens[b] - (end_t - first_t)              # position of the tile's first query
         S = min(context + FLASH_QUERIES, seq_lens[b])          # keys that its last query sees
         num_tiles = ceil_div_int(S, KEYS)
-        stages = first + HEADS * QUERIES
+        stages = first + HEADS * QUERY_WORDS
         if warp >= WGMMA_WARPS:
             few_registers()
             fill_ring(ring, stages, barriers, k_cache, v_cache, block_tables, rows[b], g, S,
@@ -2888,7 +2892,7 @@ def make_attention_wgmma(D, HEADS):
             return
         many_registers()
         for n in range(HEADS):
-            load_queries(ring, first + n * QUERIES, qkv, h + n, first_t, end_t)
+            load_queries(ring, first + n * QUERY_WORDS, qkv, h + n, first_t, end_t)
         fence_shared()
         meet(1, WGMMA_WARPS * WARP)        # else a warp multiplies queries not there yet
         for half in range(2):
@@ -2897,7 +2901,8 @@ def make_attention_wgmma(D, HEADS):
             acc[i], next_acc[i] = ZERO, ZERO
         scale = LOG2E / math.sqrt(float32(D))
         warpgroup, position = warp // 4, context + warp * 16 + lane // 4
-        q, turn = first + warpgroup * (64 * 32), uint32(1 - warpgroup)         # the first begins
+        # parity 1 counts as passed: the first warpgroup need not wait for its first turn
+        q, turn = first + warpgroup * (64 * 32), uint32(1 - warpgroup)
         stage, parity, keys, values = 0, uint32(0), stages, stages + PANELS * PANEL
         await_barrier(barriers, 0, parity)
         multiply_keys(x, ring, q, keys, out)
@@ -2905,7 +2910,8 @@ def make_attention_wgmma(D, HEADS):
         weigh(x, p, acc, m, l, 0, position, scale, out)
         for j in range(num_tiles):
             if HEADS == 2:
-                multiply(x, acc, p, ring, q + QUERIES, keys, values, barriers, warpgroup, turn, out)
+                multiply(x, acc, p, ring, q + QUERY_WORDS, keys, values, barriers, warpgroup, turn,
+                         out)
                 weigh(x, p, next_acc, next_m, next_l, j * KEYS, position, scale, out)
             if j + 1 < num_tiles:
                 used, used_values = stage, values
@@ -2919,7 +2925,7 @@ def make_attention_wgmma(D, HEADS):
                 else:
                     multiply(x, acc, p, ring, q, keys, used_values, barriers, warpgroup, turn, out)
                 turn ^= uint32(1)
-                if lane == 0:
+                if lane == 0:              # its values have just met their last weights
                     barrier_arrive(barriers, FLASH_EMPTY + used)
                 weigh(x, p, acc, m, l, (j + 1) * KEYS, position, scale, out)
         if HEADS == 2:
@@ -5301,6 +5307,7 @@ ATTENTIONS = (dict(H=1, G=1, D=6, **MIXED), dict(H=4, G=2, D=40, **MIXED),
 TILED_ATTENTIONS = (dict(H=1, G=1, D=16, **MIXED),
                     dict(H=2, G=1, D=48, P=16, contexts=(90, 18), queries=(18, 5)))
 WGMMA_ATTENTIONS = (dict(H=1, G=1, D=64, **MIXED),
+                    dict(H=1, G=1, D=64, P=16, contexts=(170, 18), queries=(40, 5)),
                     dict(H=2, G=1, D=64, P=16, contexts=(170, 18), queries=(40, 5)),
                     *(() if SIMULATOR else (
                         dict(H=2, G=1, D=64, P=16, contexts=(1100, 300, 7), queries=(700, 300, 1)),

@@ -1193,7 +1193,7 @@ class Gpu:
         fits = source.nbytes == target.nbytes
         if row is not None:                # by address: a slice takes Numba longer than the copy
             first += row * target.strides[0]
-            fits = source.nbytes <= target.strides[0]
+            fits = source.nbytes <= target.strides[0] and 0 <= row < len(target)
         assert fits and values.dtype == target.dtype, (values.dtype, values.shape, target.dtype,
                                                        target.shape)
         for start in range(0, len(source), STAGING_BYTES):
@@ -2057,6 +2057,7 @@ class Engine:
         for b, (seq, count, end) in enumerate(zip(batch.sequences, batch.counts, batch.seq_lens)):
             first, part = end - count, slice(start, start + count)
             tokens[part], positions[part] = seq.token_ids[first:end], np.arange(first, end)
+            # all slots of the blocks that the chunk touches, less those before its first token
             blocks = np.array(seq.block_table[first // P:ceil_div(end, P)], np.int32)
             slots[part] = (blocks[:, None] * P + in_block).reshape(-1)[first % P:first % P + count]
             seq_lens[b], rows[b] = end, seq.row
