@@ -2855,6 +2855,7 @@ def make_attention_wgmma(D, HEADS):
         acc, next_acc = cuda.local.array(OUTS, float32), cuda.local.array(OUTS, float32)
         m, next_m = cuda.local.array(2, float32), cuda.local.array(2, float32)
         l, next_l = cuda.local.array(2, float32), cuda.local.array(2, float32)
+        last_acc = next_acc if HEADS == 2 else acc
         tid, lane, warp = cuda.threadIdx.x, cuda.threadIdx.x % WARP, cuda.threadIdx.x // WARP
         first = first_of_ring(ring, 0)
         if tid == 0:
@@ -2919,22 +2920,15 @@ def make_attention_wgmma(D, HEADS):
                 keys = stages + stage * STAGE
                 values = keys + PANELS * PANEL
                 await_barrier(barriers, stage, parity)
-                if HEADS == 2:
-                    multiply(x, next_acc, p, ring, q, keys, used_values, barriers, warpgroup, turn,
-                             out)
-                else:
-                    multiply(x, acc, p, ring, q, keys, used_values, barriers, warpgroup, turn, out)
+                multiply(x, last_acc, p, ring, q, keys, used_values, barriers, warpgroup, turn, out)
                 turn ^= uint32(1)
                 if lane == 0:              # its values have just met their last weights
                     barrier_arrive(barriers, FLASH_EMPTY + used)
                 weigh(x, p, acc, m, l, (j + 1) * KEYS, position, scale, out)
+        wgmma_from_registers(last_acc, 0, p, 0, ring, values, out)
+        sums_wait(last_acc, 0)
         if HEADS == 2:
-            wgmma_from_registers(next_acc, 0, p, 0, ring, values, out)
-            sums_wait(next_acc, 0)
             store_sums(out, next_acc, next_l, h + 1, first_t, end_t)
-        else:
-            wgmma_from_registers(acc, 0, p, 0, ring, values, out)
-            sums_wait(acc, 0)
         store_sums(out, acc, l, h, first_t, end_t)
     return attention_wgmma_kernel
 
@@ -3916,9 +3910,9 @@ EMPTY, X_FULL, X_EMPTY = MAX_STAGES, 2 * MAX_STAGES, 2 * MAX_STAGES + MAX_X_STAG
 NUM_BARRIERS = 2 * MAX_STAGES + 2 * MAX_X_STAGES
 QKV, O, GATE_UP, DOWN, LM_HEAD = range(5)  # the matmuls of a layer in their order, and the last one
 H_MAP, O_MAP, ACT_MAP, KV_MAP = range(5, 9)            # tensor maps behind those of the matrices
-# columns of the plan: items of a matrix, its tiles and the parts of its K, steps of an item, rows,
+# columns of the plan: items of a matrix, tiles of its rows, parts of its K, steps of an item, rows,
 # and where its sums begin in `parts` if there is but one token
-ITEMS, TILES, PARTS, STEPS, ROWS, PLACE = range(6)
+ITEMS, ROW_TILES, PARTS, STEPS, ROWS, PLACE = range(6)
 FAST = 3                                   # stages of weights on their way at once, see
                                            # await_copies; SLOW is each kernel's own
 MAIL_TOKENS = 16                           # for so many, at most, q, k and v go by mail
@@ -4168,7 +4162,7 @@ def stream_weights(ring, first, stages, barriers, plan, pace, maps, num_matrices
             item, stage, parity = stream_context(ring, first, stage, stages, parity, barriers, maps,
                                                  item, matrix >> 2, D, KEYS, G, P, block_tables,
                                                  rows, seq_lens, splits)
-        tiles, steps = plan[kind, TILES], plan[kind, STEPS]
+        tiles, steps = plan[kind, ROW_TILES], plan[kind, STEPS]
         while item < plan[kind, ITEMS]:
             tile, part = tile_and_part(item, tiles)
             k = part * steps * 64
@@ -4239,7 +4233,7 @@ def stream_tokens(ring, first, x_stages, x_steps, step_words, barriers, plan, ma
     launches = load_word(arrivals, arrivals.shape[0] - 1)
     for matrix in range(num_matrices):
         kind, layer = kind_of(matrix, num_matrices), matrix >> 2
-        tiles, steps, meeting = plan[kind, TILES], plan[kind, STEPS], layer * MEETINGS
+        tiles, steps, meeting = plan[kind, ROW_TILES], plan[kind, STEPS], layer * MEETINGS
         source, made_here, o_mailed = H_MAP, alone, False
         if kind == O:
             source, made_here = O_MAP, alone and num_splits > 1
@@ -4722,7 +4716,7 @@ def make_forward_decode(D, N):
         of O need of it, to the words in which norm_tokens leaves a token."""
         lane, warp, C = thread_index() % WARP, thread_index() // WARP, x.shape[1]
         for own in range(item, plan[O, ITEMS], cuda.gridDim.x):
-            _, part = tile_and_part(own, plan[O, TILES])
+            _, part = tile_and_part(own, plan[O, ROW_TILES])
             for step in range(warp, plan[O, STEPS], DECODE_WARPS):
                 k = part * plan[O, STEPS] + step               # 64 channels of one head
                 head = int64(divide(uint32(k), uint32(D // 64)))
@@ -4873,7 +4867,7 @@ def make_forward_decode(D, N):
                 if lane == 0:
                     barrier_arrive(barriers, EMPTY + used_stage)
                     barrier_arrive(barriers, X_EMPTY + used_x_stage)
-                tile, part = tile_and_part(item, plan[kind, TILES])
+                tile, part = tile_and_part(item, plan[kind, ROW_TILES])
                 store_tile(acc, 0, kind, tile, part, plan[kind, ROWS], B, parts, flat_act,
                            flat_logits, by_mail, plan[kind, PLACE], mail, stamp)
                 if N > COLUMNS:
