@@ -699,6 +699,15 @@ def many_registers():
     """This warpgroup waits for 216 registers for each thread, which another has given up."""
 
 
+@instruction("{{ .reg .pred chosen; elect.sync _|chosen, 0xFFFFFFFF;"
+             " selp.u32 {0}, 1, 0, chosen; }}", "=r")
+def elect():
+    """1 in one lane of a warp, and 0 in the others, which all come. lane == 0 is the same, but of
+    this one the compiler knows that it is a single lane, and makes no loop over lanes of what the
+    copy engine is told there."""
+    return np.uint32(thread_index() % WARP == 0)
+
+
 @instruction("mov.u32 {0}, {1};", "=r", "shared", keep=False)
 def shared_address(array, i):
     """Where an element lies, in bytes of the shared memory."""
@@ -2955,26 +2964,66 @@ def attention_wgmma(out, qkv, k_cache, v_cache, block_tables, rows, query_starts
 # ---- decode: a warp walks tiles of 16 keys for R query heads at once ----
 
 DECODE_WARPS = 4 if SIMULATOR else 8
-SPLIT = 512                                # tokens of context in one item
+SPLIT = 64 if SIMULATOR else 512           # tokens of context in one item, at least
 WHOLE = 1 << 30                            # a split that no context exceeds
+SPLIT_STEP = 64                            # what longer splits are a multiple of: whole stages
+SPLIT_ITEMS = 4 if SIMULATOR else 132      # of one context, at most: one for each multiprocessor of
+                                           # an H100; not of this GPU, or its sums would differ
+MAX_REQUESTS = 4096                        # of one step
 DECODE_THREAD_BLOCKS = 3 if SIMULATOR else 264         # two for each multiprocessor of an H100
 
 
-def count_splits(seq_lens, split):
-    """For tests and benches what begin_decode computes on the device: (B + 1 + splits,) int32."""
-    counts = [ceil_div(int(S), split) for S in seq_lens]
-    return np.array([0, *np.cumsum(counts), *np.repeat(np.arange(len(counts)), counts)], np.int32)
+def most_splits(G):
+    """Splits of one context, at most: each is an item for every one of G KV heads."""
+    return max(1, SPLIT_ITEMS // G)
+
+
+def split_size(S, G, split):
+    """Tokens of a split of a context of S. It depends on nothing else, so that no sum depends on
+    the company."""
+    return max(split, ceil_div(S, SPLIT_STEP * most_splits(G)) * SPLIT_STEP)
+
+
+@cuda.jit(device=True)
+def split_size_int(S, G, split):
+    """split_size on the device."""
+    most = max(1, int64(divide(uint32(SPLIT_ITEMS), uint32(G))))
+    return max(split, int64(divide(uint32(S + SPLIT_STEP * most - 1), uint32(SPLIT_STEP * most)))
+               * SPLIT_STEP)
+
+
+def lay_out_splits(seq_lens, G, split):
+    """What begin_decode leaves in `splits`, (B + 1 + J,) int32, for contexts of at least a token.
+
+    First comes the first split of each request, and J; then a word for each split, in the order of
+    work: i * MAX_REQUESTS + b for the i-th split of request b. Splits of a request are of one size
+    but for its last. These come behind all others, the longest first, so that thread blocks end at
+    about the same time.
+    """
+    sizes = [split_size(int(S), G, split) for S in seq_lens]
+    counts = [ceil_div(int(S), size) for S, size in zip(seq_lens, sizes)]
+    whole = [i * MAX_REQUESTS + b for b, count in enumerate(counts) for i in range(count - 1)]
+    left = [int(S) - size * (count - 1) for S, size, count in zip(seq_lens, sizes, counts)]
+    last = sorted(range(len(counts)), key=lambda b: -left[b])          # keeps the order of equals
+    return np.array([0, *np.cumsum(counts), *whole,
+                     *((counts[b] - 1) * MAX_REQUESTS + b for b in last)], np.int32)
 
 
 @cuda.jit(device=True)
 def locate(item, G, seq_lens, splits, split):
-    """b, the first key and the length of the context of an item, which is a KV head of a split; of
-    split 0 where there are fewer, and nobody uses it."""
-    j = int64(divide(uint32(item), uint32(G)))
-    if j >= int64(load_word(splits, seq_lens.shape[0])):
+    """Of an item, which is a KV head of a split: b, where the split's sums go in `partial`, the KV
+    head, the first key, the end, and the length of the context; of the first split where there are
+    fewer, and nobody uses it."""
+    j, B = int64(divide(uint32(item), uint32(G))), seq_lens.shape[0]
+    g = item - j * G
+    if j >= int64(load_word(splits, B)):
         j = 0
-    b = int64(load_word(splits, seq_lens.shape[0] + 1 + j))
-    return b, (j - int64(load_word(splits, b))) * split, int64(load_word(seq_lens, b))
+    word = int64(load_word(splits, B + 1 + j))
+    i = int64(divide(uint32(word), uint32(MAX_REQUESTS)))
+    b = word - i * MAX_REQUESTS
+    S = int64(load_word(seq_lens, b))
+    size = split_size_int(S, G, split)
+    return b, int64(load_word(splits, b)) + i, g, i * size, min(i * size + size, S), S
 
 
 def make_attention_sums(D, IN_ORDER):
@@ -3154,22 +3203,20 @@ def make_attend_splits(D):
         G, H, width = k_cache.shape[2], out.shape[1], DECODE_WARPS * 16
         R, items = int64(divide(uint32(H), uint32(G))), int64(load_word(splits, B)) * G
         item, stride = int64(cuda.blockIdx.x), int64(cuda.gridDim.x)
-        b, first, S = locate(item, G, seq_lens, splits, split)
+        b, j, g, first, end, S = locate(item, G, seq_lens, splits, split)
         row = int64(load_word(rows, b))
-        j = int64(divide(uint32(item), uint32(G)))
-        end, g = min(first + split, S), item - j * G
         if item < items:
             for i in range(TILES):
                 load_tile(words, i * TILE_WORDS, k_cache, v_cache, block_tables, row, g,
                           first + i * width + warp * 16, end)
         while item < items:
             load_queries(q, q_words, qkv, b, g, R, G)
-            next_b, next_row, next_first, next_S = b, row, first, S
+            next_b, next_j, next_g, next_first, next_end, next_S = b, j, g, first, end, S
+            next_row = row
             if item + stride < items:
-                next_b, next_first, next_S = locate(item + stride, G, seq_lens, splits, split)
+                next_b, next_j, next_g, next_first, next_end, next_S = locate(
+                    item + stride, G, seq_lens, splits, split)
                 next_row = int64(load_word(rows, next_b))
-            next_j = int64(divide(uint32(item + stride), uint32(G)))
-            next_end, next_g = min(next_first + split, next_S), item + stride - next_j * G
             for half in range(2):
                 m[half], l[half] = NEG_INF, ZERO
             for i in range(OUTS):
@@ -3190,11 +3237,10 @@ def make_attend_splits(D):
                 s += TILES * width
             store_sums(sums, acc, m, l, R, scale)
             cuda.syncthreads()             # else a warp's sums are read before they are written
-            only = load_word(splits, b + 1) - load_word(splits, b) == 1
-            join_warps(out, partial, sums, b, g, j, R, only)
+            join_warps(out, partial, sums, b, g, j, R, end - first == S)
             cuda.syncthreads()             # else the next item overwrites sums still being read
-            b, row, first, S, end, g, j = (next_b, next_row, next_first, next_S, next_end, next_g,
-                                           next_j)
+            b, j, g, first, end, S, row = (next_b, next_j, next_g, next_first, next_end, next_S,
+                                           next_row)
             item += stride
     return attend_splits
 
@@ -3217,34 +3263,63 @@ def add_splits(l, o, next_o, terms, weights, parts_of_l, first, count):
 
 
 @cuda.jit(device=True)
-def merged_pair(partial, splits, b, h, pair):
-    """Channels 2 * pair and the next of a head, joined from its splits. A whole warp comes, with 32
-    pairs of one head; of up to 32 splits each lane knows the weight of one."""
+def load_terms(terms, partial, first, end, h, pair):
+    """Channels 2 * pair and the next of a head, of MERGED splits from `first` on or, past the end,
+    of the last."""
+    H, D = partial.shape[1], partial.shape[2] - 2
+    for n in range(MERGED):
+        load_2_floats(terms, 2 * n, partial, (min(first + n, end - 1) * H + h) * (D + 2) + 2 * pair)
+
+
+@cuda.jit(device=True)
+def merged_pair(partial, begin, end, h, pair):
+    """Channels 2 * pair and the next of a head, joined from its splits, `begin` to `end`. A whole
+    warp comes, with 32 pairs of one head; of up to 32 splits each lane knows the weight of one. All
+    that is there of eight splits or fewer is asked for at once."""
     terms = cuda.local.array(MERGED_TERMS, float32)
-    begin, end, lane = int64(splits[b]), int64(splits[b + 1]), thread_index() % WARP
-    H, D, m = partial.shape[1], partial.shape[2] - 2, NEG_INF
-    for i in range(begin + lane, end, WARP):
+    m_and_l = cuda.local.array(2, float32)
+    lane, H, D = thread_index() % WARP, partial.shape[1], partial.shape[2] - 2
+    load_2_floats(m_and_l, 0, partial, (min(begin + lane, end - 1) * H + h) * (D + 2) + D)
+    load_terms(terms, partial, begin, end, h, pair)
+    m = m_and_l[0]
+    for i in range(begin + WARP + lane, end, WARP):
         m = max(m, partial[i, h, D])
     m = warp_max(m)
     l, o, next_o = ZERO, ZERO, ZERO
     for i in range(begin, end, WARP):
-        split = min(i + lane, end - 1)
-        weights = float_bits(exp2(partial[split, h, D] - m))
-        parts_of_l = float_bits(partial[split, h, D + 1] * float_of(weights))
+        if i > begin:
+            load_2_floats(m_and_l, 0, partial, (min(i + lane, end - 1) * H + h) * (D + 2) + D)
+        weights = float_bits(exp2(m_and_l[0] - m))
+        parts_of_l = float_bits(m_and_l[1] * float_of(weights))
         for some in range(i, min(i + WARP, end), MERGED):
-            for n in range(MERGED):
-                load_2_floats(terms, 2 * n, partial,
-                              (min(some + n, end - 1) * H + h) * (D + 2) + 2 * pair)
+            if some > begin:
+                load_terms(terms, partial, some, end, h, pair)
             l, o, next_o = add_splits(l, o, next_o, terms, weights, parts_of_l, some - i, end - i)
     return o / l, next_o / l
 
 
 @cuda.jit(device=True)
-def merge_head(out, partial, splits, b, h, first, stride):
+def merge_head(out, partial, begin, end, b, h, first, stride):
     """Whole warps join the splits of one head, every stride-th pair of channels from `first` on."""
     for pair in range(first, out.shape[2] // 2, stride):
-        o, next_o = merged_pair(partial, splits, b, h, pair)
+        o, next_o = merged_pair(partial, begin, end, h, pair)
         out[b, h, 2 * pair], out[b, h, 2 * pair + 1] = narrow(o, out), narrow(next_o, out)
+
+
+@cuda.jit(device=True)
+def merge_heads(out, partial, splits, first, stride):
+    """A warp joins the splits of every stride-th head of all requests from `first` on, of contexts
+    that have several. Each lane has looked up another of the next 32."""
+    B, H, lane = out.shape[0], out.shape[1], thread_index() % WARP
+    for some in range(first, B * H, WARP * stride):
+        own = divide(uint32(min(some + lane * stride, B * H - 1)), uint32(H))
+        begins, ends = load_word(splits, own), load_word(splits, int64(own) + 1)
+        for n in range(min(WARP, ceil_div_int(B * H - some, stride))):
+            begin, end = int64(shuffle(begins, uint32(n))), int64(shuffle(ends, uint32(n)))
+            if end - begin > 1:
+                head = some + n * stride
+                b = int64(divide(uint32(head), uint32(H)))
+                merge_head(out, partial, begin, end, b, head - b * H, lane, WARP)
 
 
 def make_paged_decode(D):
@@ -3262,7 +3337,7 @@ def make_paged_decode(D):
         k_cache, v_cache (blocks, P, G, D) as out     read once
         block_tables     (rows, blocks)    i32        read
         rows, seq_lens   (B,)              i32        read
-        splits           (B+1+J,)          i32        read: see begin_decode_ref
+        splits           (B+1+J,)          i32        read: see lay_out_splits
         launch grid any number, thread block of DECODE_WARPS warps; they share the KV heads of all
                splits
         shared 4*DECODE_WARPS*R*(D+2) bytes: the sums of each warp
@@ -3296,8 +3371,9 @@ def merge_splits_kernel(out, partial, splits):
     start_next_kernel()
     wait_for_inputs()
     b, h = cuda.blockIdx.x, cuda.blockIdx.y
-    if splits[b + 1] - splits[b] > 1:
-        merge_head(out, partial, splits, b, h, thread_index(), cuda.blockDim.x)
+    begin, end = int64(splits[b]), int64(splits[b + 1])
+    if end - begin > 1:
+        merge_head(out, partial, begin, end, b, h, thread_index(), cuda.blockDim.x)
 
 
 def paged_decode(out, qkv, k_cache, v_cache, block_tables, rows, query_starts, seq_lens, splits,
@@ -3318,7 +3394,8 @@ def paged_decode(out, qkv, k_cache, v_cache, block_tables, rows, query_starts, s
 
 def paged_decode_split(out, qkv, k_cache, v_cache, block_tables, rows, query_starts, seq_lens,
                        splits, partial, stream=0):
-    """An item for every SPLIT tokens of a context: few long contexts fill the chip, too."""
+    """An item for every SPLIT tokens of a context, or for more, see split_size: few long contexts
+    fill the chip, too."""
     paged_decode(out, qkv, k_cache, v_cache, block_tables, rows, query_starts, seq_lens, splits,
                  partial, stream, SPLIT)
 
@@ -3694,8 +3771,10 @@ def sample_tokens_ref(sampled, state, seen, scores, chunk_max, chunk_argmax, row
                       settings, seeds):
     """The token of each request, and its state for the next step; -1 where no logit is finite.
 
-    sampled (B,) i32; state (rows, 2) i32: newest token and context length; seeds (rows, 2) u32;
-    the rest as in edit_logits_ref. The last row of state stands for nobody: it is left alone.
+    sampled (rows, 2) i32: a request's row, in which tokens after contexts of even and of odd
+    lengths take turns, so that one may be read while the next is written; state (rows, 2) i32:
+    newest token and context length; seeds (rows, 2) u32; the rest as in edit_logits_ref. The last
+    row of state stands for nobody: it is left alone.
     """
     for b, row in enumerate(rows):
         best = int(chunk_max[b].argmax())
@@ -3706,7 +3785,7 @@ def sample_tokens_ref(sampled, state, seen, scores, chunk_max, chunk_argmax, row
             seed = int(seeds[row, 0]) | int(seeds[row, 1]) << 32
             token = sample_ref(scores[b].copy(), 1, int(s[TOP_K]), s[TOP_P], s[MIN_P], seed,
                                int(seq_lens[b]))
-        sampled[b] = token
+        sampled[row, seq_lens[b] & 1] = token
         if row < len(state) - 1:
             state[row] = max(token, 0), seq_lens[b]
             if s[EDITED] and token >= 0:
@@ -3716,9 +3795,10 @@ def sample_tokens_ref(sampled, state, seen, scores, chunk_max, chunk_argmax, row
 @cuda.jit(cache=True)
 def sample_tokens_kernel(sampled, state, seen, scores, chunk_max, chunk_argmax, rows, seq_lens,
                          settings, seeds):
-    """sampled[b] = argmax_v of scores[b,v] + gumbel(seed, position, v), over the tokens kept
+    """sampled[row, S % 2] = argmax_v of scores[b,v] + gumbel(seed, position, v), over those kept
 
-    sampled      (B,)        i32   written; -1 where no logit is finite
+    sampled      (rows, 2)   i32   one of the two written, by the context's length; -1 where no
+                                   logit is finite
     state, seen  (rows, 2), (rows, V) i32   newest token, context length and count are written
     scores       (B, V)      f32   read once for a draw, eleven times with top-k and top-p
     chunk_max, chunk_argmax (B, chunks) f32, i32   read
@@ -3762,7 +3842,7 @@ def sample_tokens_kernel(sampled, state, seen, scores, chunk_max, chunk_argmax, 
         drawn, drawn_v = block_argmax(drawn, drawn_v)
         token = drawn_v
     if tid == 0:
-        sampled[b] = token
+        sampled[row, seq_lens[b] & 1] = token
         if row < state.shape[0] - 1:
             state[row, 0], state[row, 1] = max(token, 0), seq_lens[b]
             if settings[row, EDITED] > ZERO and token >= 0:
@@ -3771,8 +3851,9 @@ def sample_tokens_kernel(sampled, state, seen, scores, chunk_max, chunk_argmax, 
 
 def sample_tokens(sampled, state, seen, scores, chunk_max, chunk_argmax, rows, seq_lens, settings,
                   seeds, stream=0):
-    B = len(sampled)
-    assert len(rows) == len(seq_lens) == len(scores) == len(chunk_max) == B, (B, scores.shape)
+    B = len(rows)
+    assert len(seq_lens) == len(scores) == len(chunk_max) == B, (B, scores.shape)
+    assert sampled.shape == state.shape == (len(seen), 2), (sampled.shape, state.shape, seen.shape)
     sample_tokens_kernel[B, SAMPLE_THREADS, stream](sampled, state, seen, scores, chunk_max,
                                                     chunk_argmax, rows, seq_lens, settings, seeds)
 
@@ -3784,19 +3865,15 @@ def sample_tokens(sampled, state, seen, scores, chunk_max, chunk_argmax, rows, s
 # blocks. So a step whose batch has not changed needs nothing from the host.
 
 
-MAX_REQUESTS = 4096
-
-
 def begin_decode_ref(tokens, positions, slots, seq_lens, splits, inputs, state, block_tables,
-                     block_size, split):
+                     block_size, G, split):
     """The flat arrays of a decode step, from the state that the last step left.
 
-    tokens, positions, slots, seq_lens (B,) i32 written; splits (B+1+splits,) i32 written: the first
-    split of each request, then the request of each split; inputs (2, B) i32: row of each request,
-    and the block to append to its table, used where its next token begins a block; state (rows, 2)
-    i32; block_tables (rows, max blocks) i32, appended to.
+    tokens, positions, slots, seq_lens (B,) i32 written; splits (B+1+splits,) i32 written: see
+    lay_out_splits, for G KV heads; inputs (2, B) i32: row of each request, and the block to append
+    to its table, used where its next token begins a block; state (rows, 2) i32; block_tables (rows,
+    max blocks) i32, appended to.
     """
-    B, first = len(tokens), 0
     for b, (row, new_block) in enumerate(inputs.T):
         tokens[b], position = state[row]
         if position % block_size == 0 and row < len(state) - 1:
@@ -3804,17 +3881,14 @@ def begin_decode_ref(tokens, positions, slots, seq_lens, splits, inputs, state, 
         block = block_tables[row, position // block_size]
         positions[b], seq_lens[b] = position, position + 1
         slots[b] = block * block_size + position % block_size
-        count = ceil_div(position + 1, split)
-        assert B + 1 + first + count <= len(splits), f"room for {len(splits) - B - 1} splits"
-        splits[b] = first
-        splits[B + 1 + first:B + 1 + first + count] = b
-        first += count
-    splits[B] = first
+    laid_out = lay_out_splits(seq_lens, G, split)
+    assert len(laid_out) <= len(splits), f"room for {len(splits)} of {len(laid_out)}"
+    splits[:len(laid_out)] = laid_out
 
 
 @cuda.jit(cache=True)
 def begin_decode_kernel(tokens, positions, slots, seq_lens, splits, inputs, state, block_tables,
-                        block_size, split):
+                        block_size, G, split):
     """positions[b] = state[row,1], slots[b] = block_tables[row, position // P] * P + position % P
 
     tokens, positions, slots, seq_lens (B,)  i32   written
@@ -3823,12 +3897,13 @@ def begin_decode_kernel(tokens, positions, slots, seq_lens, splits, inputs, stat
     state        (rows, 2)        i32   read
     block_tables (rows, blocks)   i32   read, appended to where a block begins
     launch one thread block of THREADS; a thread owns every THREADS-th request
-    shared 4*MAX_REQUESTS bytes: the number of splits of each
+    shared 8*MAX_REQUESTS bytes: the number of splits of each, and the tokens of its last
     moves  40*B + 4*J bytes, does 0 flops: latency-bound
     needs  B <= MAX_REQUESTS (asserted in the launcher), room for all J splits
     twin   begin_decode_ref
     """
     counts = cuda.shared.array(MAX_REQUESTS, int32)
+    left = cuda.shared.array(MAX_REQUESTS, int32)
     start_next_kernel()
     wait_for_inputs()
     B, tid = tokens.shape[0], cuda.threadIdx.x
@@ -3840,25 +3915,33 @@ def begin_decode_kernel(tokens, positions, slots, seq_lens, splits, inputs, stat
             block_tables[row, i] = new_block
         tokens[b], positions[b], seq_lens[b] = state[row, 0], position, position + 1
         slots[b] = block_tables[row, i] * block_size + offset
-        counts[b] = ceil_div_int(position + 1, split)
+        size = split_size_int(position + 1, G, split)
+        counts[b] = ceil_div_int(position + 1, size)
+        left[b] = position + 1 - (counts[b] - 1) * size
     cuda.syncthreads()                     # else a count is read before it is written
-    for b in range(tid, B + 1, THREADS):
-        first = 0
-        for other in range(b):
-            first += counts[other]
+    for b in range(tid, B, THREADS):
+        first, total, place = 0, 0, B + 1          # place: of the last split, behind longer ones
+        for other in range(B):
+            total += counts[other]
+            if other < b:
+                first += counts[other]
+            if left[other] > left[b] or (left[other] == left[b] and other < b):
+                place += 1
         splits[b] = first
-        if b < B:
-            for i in range(counts[b]):
-                splits[B + 1 + first + i] = b
+        if b + 1 == B:
+            splits[B] = total
+        for i in range(counts[b] - 1):             # the last ones of requests before are not here
+            splits[B + 1 + first - b + i] = i * MAX_REQUESTS + b
+        splits[place + total - B] = (counts[b] - 1) * MAX_REQUESTS + b
 
 
 def begin_decode(tokens, positions, slots, seq_lens, splits, inputs, state, block_tables,
-                 block_size, split, stream=0):
+                 block_size, G, split, stream=0):
     B = len(tokens)
     assert len(positions) == len(slots) == len(seq_lens) == B and inputs.shape == (2, B), B
     assert B <= MAX_REQUESTS, f"{B} requests, expected at most {MAX_REQUESTS}"
     begin_decode_kernel[1, THREADS, stream](tokens, positions, slots, seq_lens, splits, inputs,
-                                            state, block_tables, np.int32(block_size),
+                                            state, block_tables, np.int32(block_size), np.int32(G),
                                             np.int32(split))
 
 
@@ -4072,15 +4155,39 @@ def keys_of_stage(D):
 
 
 @cuda.jit(device=True)
-def open_context(turn, row, key, S, P, block_tables):
-    """First key and end of the item that lane `turn` has looked up, where its blocks begin in the
-    flat block table, and the first 32 of them, one in each lane."""
+def open_context(turn, row, g, key, end, P, block_tables):
+    """KV head, first key and end of the item that lane `turn` has looked up, where its blocks begin
+    in the flat block table, and the first 32 of them, one in each lane."""
     turn, lane = uint32(turn), thread_index() % WARP
-    k = int64(shuffle(uint32(key), turn))
-    end = min(k + SPLIT, int64(shuffle(uint32(S), turn)))
+    g = shuffle(uint32(g), turn)
+    k, end = int64(shuffle(uint32(key), turn)), int64(shuffle(uint32(end), turn))
     n = (int64(shuffle(uint32(row), turn)) * block_tables.shape[1]
          + int64(divide(uint32(k), uint32(P))))
-    return k, end, n, load_word(block_tables, min(n + lane, block_tables.size - 1))
+    return g, k, end, n, load_word(block_tables, min(n + lane, block_tables.size - 1))
+
+
+def make_copy_blocks(start_copy):
+    """The device function for copy_box_5d or copy_box_5d_once."""
+
+    @cuda.jit(device=True)
+    def copy_blocks(ring, at, maps, blocks, from_lane, count, block, token, box, D, KEYS, g, layer,
+                    barriers, stage):
+        """Starts the copies of a stage: of `count` blocks, which lanes from from_lane on know,
+        `box` keys from `token` on, and as many values. Subtle: this warp is alone with them, and a
+        few instructions more for each box would be the pace of all attention."""
+        i = uint32(0)
+        while i < count:
+            slot = uint32(shuffle(blocks, uint32(from_lane + i)) * block + token)
+            if elect() == 1:
+                for part in range(D // 64):
+                    start_copy(ring, at + part * KEYS * 64, maps, KV_MAP * 16, uint32(part * 64),
+                               g, slot, uint32(layer), uint32(0), barriers, stage)
+            at += box * uint32(64)
+            i = uint32(i + uint32(1))
+    return copy_blocks
+
+
+copy_blocks, copy_blocks_once = make_copy_blocks(copy_box_5d), make_copy_blocks(copy_box_5d_once)
 
 
 @cuda.jit(device=True)
@@ -4090,51 +4197,55 @@ def stream_context(ring, first, stage, stages, parity, barriers, maps, item, lay
     the cache, its keys and then its values. It may run before this step's own are written: who uses
     them puts those in, see patch_tile."""
     lane, stride, block = thread_index() % WARP, cuda.gridDim.x, uint32(P)
-    box = uint32(min(P, KEYS))
-    boxes = divide(uint32(KEYS), box)      # of a stage; all in 32 bits, this warp sets the pace
+    box, bits = uint32(min(P, KEYS)), uint32(0)
+    while box >> bits > uint32(1):         # a power of two
+        bits = uint32(bits + uint32(1))
+    boxes = uint32(uint32(KEYS) >> bits)   # of a stage; all in 32 bits, this warp sets the pace
     items = int64(load_word(splits, seq_lens.shape[0])) * G
+    once = items <= stride         # an item each: evict_first is a gain for these, and a loss for
+                                   # many more, whose keys the L2 cannot hold anyway
     # each lane has looked up one of the thread block's next 32 items: one item after another these
     # loads, each of which waits for the one before, would take longer than the copies
-    b, key, S = locate(item + lane * stride, G, seq_lens, splits, SPLIT)
+    b, _, heads, keys, ends, _ = locate(item + lane * stride, G, seq_lens, splits, SPLIT)
     row = load_word(rows, b)
-    k, end, n, blocks = open_context(0, row, key, S, P, block_tables)
+    g, k, end, n, blocks = open_context(0, row, heads, keys, ends, P, block_tables)
     turn = 0
     while item < items:
         turn += 1
         if turn == WARP:
             turn = 0
-            b, key, S = locate(item + (1 + lane) * stride, G, seq_lens, splits, SPLIT)
+            b, _, heads, keys, ends, _ = locate(item + (1 + lane) * stride, G, seq_lens, splits,
+                                                SPLIT)
             row = load_word(rows, b)
-        next_k, next_end, next_n, next_blocks = open_context(turn, row, key, S, P, block_tables)
-        g = uint32(item - int64(divide(uint32(item), uint32(G))) * G)
-        # invariant: a stage begins with a block or inside one, for SPLIT is a multiple of P
-        from_lane, token, left = uint32(0), uint32(0), uint32(end - k)
+        next_g, next_k, next_end, next_n, next_blocks = open_context(
+            turn, row, heads, keys, ends, P, block_tables)
+        # invariant: a stage begins with a block or inside one, for P and its keys are powers of two
+        # and a split is whole stages
+        from_lane, left = uint32(0), uint32(end - k)
+        token = uint32(uint32(k) & (block - uint32(1)))
         while left > 0:
             count, tokens = boxes, uint32(KEYS)
             if left < tokens:
-                count, tokens = divide(uint32(left + box - uint32(1)), box), left
+                count, tokens = uint32(uint32(left + box - uint32(1)) >> bits), left
             if from_lane == WARP:
                 from_lane, n = uint32(0), n + WARP
                 blocks = load_word(block_tables, min(n + lane, block_tables.size - 1))
             await_barrier(barriers, EMPTY + stage, parity)
-            if lane == 0:
+            if elect() == 1:
                 barrier_expect(barriers, stage, uint32(count * box * uint32(D * 4)))
-            at, i = first + stage * STAGE_WORDS, uint32(0)
-            while i < count:
-                slot = uint32(shuffle(blocks, uint32(from_lane + i)) * block + token)
-                if lane == 0:
-                    for part in range(D // 64):
-                        copy_box_5d(ring, at + part * KEYS * 64, maps, KV_MAP * 16,
-                                    uint32(part * 64), g, slot, uint32(layer), uint32(0), barriers,
-                                    stage)
-                at += box * uint32(64)
-                i = uint32(i + uint32(1))
+            at = first + stage * STAGE_WORDS
+            if once:
+                copy_blocks_once(ring, at, maps, blocks, from_lane, count, block, token, box, D,
+                                 KEYS, g, layer, barriers, stage)
+            else:
+                copy_blocks(ring, at, maps, blocks, from_lane, count, block, token, box, D, KEYS, g,
+                            layer, barriers, stage)
             token = uint32(token + uint32(KEYS))               # the next stage: in the same block
             if token >= block:                                 # or past it
                 token, from_lane = uint32(0), uint32(from_lane + boxes)
             stage, parity = next_stage(stage, parity, stages)
             left = uint32(left - tokens)
-        k, end, n, blocks = next_k, next_end, next_n, next_blocks
+        g, k, end, n, blocks = next_g, next_k, next_end, next_n, next_blocks
         item += stride
     return item - items, stage, parity
 
@@ -4154,7 +4265,7 @@ def await_copies(barriers, stage, parity, stages, pace):
 def stream_weights(ring, first, stages, barriers, plan, pace, maps, num_matrices, D, KEYS, G, P,
                    block_tables, rows, seq_lens, splits):
     """The warp that fills the ring with weights and, for attention, with contexts."""
-    lane, item, stage, parity = thread_index() % WARP, cuda.blockIdx.x, 0, uint32(1)
+    item, stage, parity = cuda.blockIdx.x, 0, uint32(1)
     for matrix in range(num_matrices):
         kind = kind_of(matrix, num_matrices)
         if kind == O:
@@ -4170,7 +4281,7 @@ def stream_weights(ring, first, stages, barriers, plan, pace, maps, num_matrices
                 await_barrier(barriers, EMPTY + stage, parity)
                 await_copies(barriers, stage, parity, stages, int64(load_shared_word(pace, 0)))
                 meet_warp()                # else a lane a whole ring behind waits for a past phase
-                if lane == 0:
+                if elect() == 1:
                     barrier_expect(barriers, stage, uint32(STAGE_WORDS * 4))
                     copy_box_5d_once(ring, first + stage * STAGE_WORDS, maps, kind * 16, uint32(k),
                                      uint32(0), uint32(0), uint32(tile * (TILE_ROWS // 16)),
@@ -4272,7 +4383,7 @@ def stream_tokens(ring, first, x_stages, x_steps, step_words, barriers, plan, ma
                     meet_warp()
                     if lane == 0:
                         barrier_arrive(barriers, X_FULL + x_stage)
-                elif lane == 0:
+                elif elect() == 1:
                     barrier_expect(barriers, X_FULL + x_stage, uint32(x_stage_words * 4))
                     copy_box_3d(ring, at, maps, source * 16, uint32(0), uint32(0), uint32(k),
                                 barriers, X_FULL + x_stage)
@@ -4298,12 +4409,11 @@ def make_attend_stages(D, N):
 
     @cuda.jit(device=True)
     def look_up(item, G, seq_lens, splits, slots):
-        """Of an item: request, first key and length of its context, split and KV head, and the slot
-        of the context's last token, which is new. Each lane of a warp asks for another of the
+        """Of an item: request, first key, end, length of the context, split and KV head, and the
+        slot of the context's last token, which is new. Each lane of a warp asks for another of the
         thread block's next 32 items: one after another this would take longer than the items."""
-        b, key, S = locate(item, G, seq_lens, splits, SPLIT)
-        j = divide(uint32(item), uint32(G))
-        return (uint32(b), uint32(key), uint32(S), j, uint32(uint32(item) - uint32(j * uint32(G))),
+        b, j, g, key, end, S = locate(item, G, seq_lens, splits, SPLIT)
+        return (uint32(b), uint32(key), uint32(end), uint32(S), uint32(j), uint32(g),
                 load_word(slots, b))
 
     @cuda.jit(device=True)
@@ -4509,7 +4619,7 @@ def make_attend_stages(D, N):
         fetched = max(DECODE_WARPS * R * (D + 2), fetched_words)
         group, group_words = fetched + fetched_words, (R + 2) * (D // 2)
         turn = 0                           # lane n knows the n-th item from here on
-        all_b, all_keys, all_S, all_j, all_g, all_slots = look_up(
+        all_b, all_keys, all_ends, all_S, all_j, all_g, all_slots = look_up(
             item + lane * stride, G, seq_lens, splits, slots)
         if item < items and not mailed:
             gather(arrivals, made)
@@ -4532,8 +4642,9 @@ def make_attend_stages(D, N):
         while item < items:
             this, ahead = uint32(turn), uint32(turn + 2)
             b, j, g = shuffle(all_b, this), shuffle(all_j, this), shuffle(all_g, this)
-            k, S = int64(shuffle(all_keys, this)), int64(shuffle(all_S, this))
-            end = min(k + SPLIT, S)
+            k, end = int64(shuffle(all_keys, this)), int64(shuffle(all_ends, this))
+            S = int64(shuffle(all_S, this))
+            only = end - k == S
             new = group + (turn & 1) * group_words
             load_queries(q, ring, new, R)
             if item + 2 * stride < items:
@@ -4572,7 +4683,7 @@ def make_attend_stages(D, N):
             elif N == DECODE_TOKENS[0] and B == 1 and items <= MAIL_SPLITS * G:
                 mail_split(mail, o_mail, stamp, sums, int64(j), int64(g), H, R)
             else:
-                join_warps(out, partial, sums, int64(b), int64(g), int64(j), R, S <= SPLIT)
+                join_warps(out, partial, sums, int64(b), int64(g), int64(j), R, only)
             if item + 2 * stride < items:
                 rotate_group(ring, new, sums, fetched, CONSUMERS - 1 - tid,
                              int64(shuffle(all_b, ahead)), int64(shuffle(all_g, ahead)),
@@ -4582,7 +4693,7 @@ def make_attend_stages(D, N):
             turn += 1
             if turn == WARP - 2:           # no lane knows the item after the next
                 turn = 0
-                all_b, all_keys, all_S, all_j, all_g, all_slots = look_up(
+                all_b, all_keys, all_ends, all_S, all_j, all_g, all_slots = look_up(
                     item + lane * stride, G, seq_lens, splits, slots)
         return item - items, stage, parity
     return attend_stages
@@ -4725,7 +4836,7 @@ def make_forward_decode(D, N):
                     low, high = mailed_pair(mail, o_mail, stamp, int64(splits[1]), head, pair,
                                             partial.shape[1])
                 else:
-                    low, high = merged_pair(partial, splits, 0, head, pair)
+                    low, high = merged_pair(partial, 0, int64(splits[1]), head, pair)
                 shared_words[C // 2 + k * 32 + lane] = pack(low, high, x)
 
     @cuda.jit(device=True)
@@ -4812,11 +4923,8 @@ def make_forward_decode(D, N):
                         merge_own(ring, partial, splits, item, plan, mail, mailed, o_mail, stamp, x)
                         meet(2, CONSUMERS + WARP)              # with who copies it to the ring
                     else:
-                        for head in range(warp * cuda.gridDim.x + cuda.blockIdx.x, B * H,
-                                          DECODE_WARPS * cuda.gridDim.x):
-                            b = int64(divide(uint32(head), uint32(H)))
-                            if splits[b + 1] - splits[b] > 1:
-                                merge_head(o, partial, splits, b, head - b * H, lane, WARP)
+                        merge_heads(o, partial, splits, warp * cuda.gridDim.x + cuda.blockIdx.x,
+                                    DECODE_WARPS * cuda.gridDim.x)
                 if not alone:              # one token's went by mail, or every thread block made it
                     arrive(arrivals, meeting + ATTENDED)
                 made = meeting + O_MADE
@@ -5044,8 +5152,8 @@ def fits_persistent(H, G, D, C, F, V, P):
         return f"vocab_size {V} is no multiple of 16"
     if D not in PAGED_DECODE:
         return f"head_dim {D} is no multiple of 64 up to 256"
-    if SPLIT % P:                          # a split begins with a block
-        return f"block_size {P} is no part of {SPLIT}, the tokens of a split"
+    if P & (P - 1):                        # a stage is whole blocks, or lies in one
+        return f"block_size {P} is no power of two"
     if keys > WARP * P:                    # a warp holds the block numbers of a stage
         return f"block_size {P} is too small for head_dim {D}"
     if keys * D > STAGE_WORDS or H // G > 16 or sum_words_of(H, G, D, C) > SUM_WORDS:
@@ -5139,7 +5247,7 @@ def attention_example(rng, elements, H, G, D, P, contexts, queries, split=SPLIT)
         slots = (tables[row][:, None] * P + np.arange(P)).reshape(-1)[:S]
         for cache in (k_cache, v_cache):
             cache.reshape(-1, G, D)[slots] = lively(rng, S, G, D) / np.float32(5)
-    splits = count_splits(contexts, split)
+    splits = lay_out_splits(contexts, G, split)
     return [elements(unwritten(T, H, D)), elements(lively(rng, T, H + 2 * G, D)),
             elements(k_cache), elements(v_cache), tables, rows,
             np.cumsum([0, *queries], dtype=np.int32), np.array(contexts, np.int32), splits,
@@ -5177,19 +5285,22 @@ def sample_tokens_example(rng, elements, B, V):
     edit_logits_ref(*example)
     scores, chunk_max, chunk_argmax, logits, rows, settings, _, seen = example
     state = np.zeros((B + 1, 2), np.int32)
-    return [np.full(B, -1, np.int32), state, seen, scores, chunk_max, chunk_argmax, rows,
+    return [np.full((B + 1, 2), -1, np.int32), state, seen, scores, chunk_max, chunk_argmax, rows,
             rng.integers(1, 99, B).astype(np.int32), settings,
             rng.integers(0, 2**32, (B + 1, 2), np.uint32)]
 
 
 def begin_decode_example(rng, elements, B, P):
-    state = rng.integers(0, 3 * P, (B + 2, 2)).astype(np.int32)
+    # of contexts of over 512 tokens the splits are longer: two of each are allowed
+    split, G, longest = 256, SPLIT_ITEMS // 2, 768
+    state = rng.integers(0, longest, (B + 2, 2)).astype(np.int32)
     rows = rng.permutation(B + 2)[:B].astype(np.int32)                 # may include nobody's row
     state[-1] = 0
     inputs = np.stack([rows, rng.integers(100, 200, B).astype(np.int32)])
     splits = np.full(B + 1 + B * 3, -1, np.int32)
     outputs = [np.full(B, -1, np.int32) for _ in range(4)]
-    return [*outputs, splits, inputs, state, rng.integers(0, 99, (B + 2, 4)).astype(np.int32), P, P]
+    tables = rng.integers(0, 99, (B + 2, longest // P)).astype(np.int32)
+    return [*outputs, splits, inputs, state, tables, P, G, split]
 
 
 def forward_decode_example(rng, elements, L, H, G, D, C, F, V, P, contexts):
@@ -5324,11 +5435,16 @@ MANY_TOKENS = () if SIMULATOR else (
     dict(L=1, contexts=(600, 40), **ONE_STEP | dict(D=128), **WIDE | dict(H=6, G=1)),
     dict(L=1, contexts=(530, 3), **ONE_STEP | dict(D=192), **WIDE | dict(H=4, G=2)),
     dict(L=1, contexts=(530, 3), **ONE_STEP | dict(D=256), **WIDE | dict(H=4, G=2)),
-    # one token, and more items of attention than thread blocks
-    dict(L=2, contexts=(17000,), **ONE_STEP, **WIDE))
+    # splits that are longer, of one token by mail and not
+    dict(L=2, contexts=(17000,), **ONE_STEP, **WIDE),
+    dict(L=2, contexts=(9000,), **ONE_STEP, **WIDE | dict(G=8)),
+    dict(L=1, contexts=(9000, 500, 3, 700), **ONE_STEP, **WIDE | dict(G=8)))
 # more items than lanes, for the simulator's one thread block; blocks of more tokens than a stage
 MANY_ITEMS = dict(L=1, contexts=(3, 1, 2, 9, 4, 5, 6), D=64, V=64, P=64, H=5, G=5, C=64, F=64)
-STEPS_OF_DECODE = (dict(L=2, contexts=(21,), **ONE_STEP, **WIDE), *MANY_TOKENS, MANY_ITEMS,
+# splits that begin inside a block
+LARGE_BLOCKS = dict(L=1, contexts=(200, 3), D=64, V=64, P=256, H=2, G=1, C=64, F=64)
+STEPS_OF_DECODE = (dict(L=2, contexts=(90,), **ONE_STEP, **WIDE), *MANY_TOKENS, MANY_ITEMS,
+                   LARGE_BLOCKS if SIMULATOR else LARGE_BLOCKS | dict(contexts=(9000, 3), H=8, G=8),
                    dict(L=2, contexts=(7, 70, 3, 2, 1, 5, 6, 9, 4), **ONE_STEP, **WIDE))
 TENSOR = dict(types=("float16", "bfloat16"), needs=(8, 0))
 HOPPER = dict(types=("float16", "bfloat16"), needs=(9, 0))

@@ -974,7 +974,6 @@ class Step:
     sample_rows: np.ndarray                # (B,) int32, nobody's row where nothing is sampled
     last_tokens: np.ndarray                        # (B,) int32, the index of each request's last
     query_starts: np.ndarray                       # (B+1,) int32
-    sampled: np.ndarray                            # (B,) int32
     packed: np.ndarray             # tokens to query_starts of a prefill step, as they lie in memory
     inputs: np.ndarray | None                      # (2, B) int32 of a decode step: begin_decode_ref
 
@@ -1109,10 +1108,13 @@ class Host:
         """The values of an array, to be read before the next step changes them."""
         return source.copy_to_host() if self.simulated else source
 
-    def fetch(self, source) -> Callable[[], np.ndarray]:
-        """A function that returns the values `source` has now."""
-        values = np.array(self.download(source))
-        return lambda: values
+    def mapped(self, shape, dtype) -> np.ndarray:
+        """An array for kernels to write and the host to read, where it lies."""
+        return np.zeros(shape, dtype)
+
+    def when_done(self) -> Callable[[], None]:
+        """A function that returns when all that was asked for before has happened."""
+        return lambda: None
 
     def run(self, shape, work: Callable) -> None:
         self.times = []
@@ -1143,7 +1145,9 @@ class Gpu:
         self.marks_of = {}                         # shape -> those in its graph
         self.recording = False
         self.progress = None                       # a bar, while kernels are compiled
-        self.pinned = deque()                      # of fetched tokens, the next to be used first
+        # events, the next to be used first
+        self.step_ends = deque(self.call(driver.cuEventCreate(
+            driver.CUevent_flags.CU_EVENT_DISABLE_TIMING)) for _ in range(STEPS_IN_FLIGHT))
         # what is on its way lies in one of two halves, which are filled in turns
         self.halves = deque((cuda.pinned_array(STAGING_BYTES, np.uint8), cuda.event())
                             for _ in range(2))
@@ -1237,22 +1241,18 @@ class Gpu:
         self.call(self.driver.cuStreamSynchronize(self.handle))
         return values
 
-    def fetch(self, source) -> Callable[[], np.ndarray]:
-        """Starts the copy of some int32; the function returned waits for it."""
-        if len(self.pinned) < STEPS_IN_FLIGHT:
-            event = self.call(self.driver.cuEventCreate(
-                self.driver.CUevent_flags.CU_EVENT_DISABLE_TIMING))
-            self.pinned.appendleft((cuda.pinned_array(kernels.MAX_REQUESTS, np.int32), event))
-        buffer, event = self.pinned[0]
-        self.pinned.rotate(-1)
-        self.call(self.driver.cuMemcpyDtoHAsync(buffer.ctypes.data, pointer(source), source.nbytes,
-                                                self.handle))
-        self.call(self.driver.cuEventRecord(event, self.handle))
+    def mapped(self, shape, dtype) -> np.ndarray:
+        """An array of the host's memory that kernels write through the bus: no copy stands between
+        two steps."""
+        return cuda.mapped_array(shape, dtype)
 
-        def wait() -> np.ndarray:
-            self.call(self.driver.cuEventSynchronize(event))
-            return buffer[:len(source)].copy()
-        return wait
+    def when_done(self) -> Callable[[], None]:
+        """A function that returns when all that was asked for before has happened. At most
+        STEPS_IN_FLIGHT of them are of use at once."""
+        event = self.step_ends[0]
+        self.step_ends.rotate(-1)
+        self.call(self.driver.cuEventRecord(event, self.handle))
+        return lambda: self.call(self.driver.cuEventSynchronize(event))
 
     def run(self, shape, work: Callable) -> None:
         """Does the work of a step: as a graph, or launch by launch, which compiles what is missing.
@@ -1611,9 +1611,13 @@ class Engine:
         """Of what decode attention leaves of each split of all contexts, where it splits them."""
         if self.rung not in TENSOR_RUNGS:
             return 1, 1, 1
+        return self.num_splits(longest), self.cfg.num_attention_heads, self.cfg.head_dim + 2
+
+    def num_splits(self, longest: int) -> int:
+        """Of all contexts of a step together, at most; even of those that share their blocks."""
         _, B = self.largest_step()
-        return (B * ceil_div(longest, kernels.SPLIT), self.cfg.num_attention_heads,
-                self.cfg.head_dim + 2)
+        return B * min(ceil_div(longest, kernels.SPLIT),
+                       kernels.most_splits(self.cfg.num_key_value_heads))
 
     def size_cache(self, max_model_len: int | None, cache_bytes: int,
                    num_blocks: int | None) -> int:
@@ -1675,9 +1679,7 @@ class Engine:
         inv_freq = kernels.rope_inv_freq(D, cfg.rope_theta, cfg.rope_scaling)
         self.cos, self.sin = map(self.on_device,
                                  kernels.rope_tables(inv_freq, self.max_model_len))
-        # for every request, even if they share most of their blocks: see begin_decode
-        num_splits = B * ceil_div(self.max_model_len, kernels.SPLIT)
-        self.splits = new(B + 1 + num_splits, np.int32)
+        self.splits = new(B + 1 + self.num_splits(self.max_model_len), np.int32)
         self.partial = new(self.partial_shape(self.max_model_len), np.float32)
         # of the kernel that is a whole decode step
         parts = kernels.parts_size(min(B, kernels.MAX_DECODE_TOKENS), H, G, D, cfg.hidden_size,
@@ -1703,7 +1705,8 @@ class Engine:
         self.scores = new((B, V), np.float32)
         self.chunk_max = new(B * kernels.MAX_CHUNKS, np.float32)
         self.chunk_argmax = new(B * kernels.MAX_CHUNKS, np.int32)
-        self.sampled = new(B, np.int32)
+        # the newest token of each, and the one before, which the host may not have read yet
+        self.sampled = self.place.mapped((rows, 2), np.int32)
         self.views: dict[tuple, Step] = {}                     # shape -> its arrays
         self.rows_on_device: list[int] = []                    # of the last decode step
 
@@ -1915,7 +1918,7 @@ class Engine:
         """What the steps need to know of a sequence: its blocks, and how to sample from its logits.
 
         Invariant: a row is refilled only after all steps of its last owner have been started, and
-        the stream keeps their order."""
+        the stream keeps their order; of its tokens in `sampled` see `start`."""
         params, row, V = seq.params, seq.row, self.cfg.vocab_size
         self.place.upload(self.block_tables, np.array(seq.block_table, np.int32), row)
         edits = bool(params.logit_bias) or params.min_tokens > 0 or params.penalizes
@@ -2036,8 +2039,7 @@ class Engine:
                 rows = sample_rows = inputs[0]
                 last_tokens, query_starts = self.starts[:B], self.starts[:B + 1]
             self.views[key] = Step(kind, T, B, tokens, positions, slots, seq_lens, rows,
-                                   sample_rows, last_tokens, query_starts, self.sampled[:B],
-                                   packed, inputs)
+                                   sample_rows, last_tokens, query_starts, packed, inputs)
         return self.views[key]
 
     def pack_prefill(self, batch: Batch) -> Step:
@@ -2103,7 +2105,7 @@ class Engine:
         self.ops.begin_decode(step.tokens[first:end], step.positions[first:end],
                               step.slots[first:end], step.seq_lens[first:end], self.splits,
                               step.inputs[:, first:end], self.state, self.block_tables,
-                              self.block_size, kernels.SPLIT)
+                              self.block_size, self.cfg.num_key_value_heads, kernels.SPLIT)
 
     def decode_at_once(self, step: Step, first: int, end: int) -> None:
         """The logits of these requests, MAX_DECODE_TOKENS at most, by one kernel for all layers."""
@@ -2162,7 +2164,7 @@ class Engine:
         chunk_argmax = self.chunk_argmax[:B * chunks].reshape(B, chunks)
         self.ops.edit_logits(scores, chunk_max, chunk_argmax, logits, step.sample_rows,
                              self.settings, self.bias, self.seen)
-        self.ops.sample_tokens(step.sampled, self.state, self.seen, scores, chunk_max, chunk_argmax,
+        self.ops.sample_tokens(self.sampled, self.state, self.seen, scores, chunk_max, chunk_argmax,
                                step.sample_rows, step.seq_lens, self.settings, self.seeds)
 
     # ---- step: schedule, start, retire ----
@@ -2211,7 +2213,11 @@ class Engine:
             if 0 < seq.params.min_tokens == seq.num_sampled:   # from here on it may stop
                 self.fill_bias(seq)
         self.place.run(step.shape, lambda: self.compute(step))
-        tokens = self.place.fetch(step.sampled)
+        done = self.place.when_done()
+        # invariant: these tokens are read before others take their place. The next step, started
+        # before that, writes to the other column, for each context is a token longer; and no step
+        # both preempts and admits, so whoever gets the row of one that gave way comes a step later
+        rows, turns = [seq.row for seq in batch.sequences], np.array(batch.seq_lens) & 1
         if self.place.timing:
             batch.kernels, batch.ended = self.place.kernel_times(), time.perf_counter()
         wanted = [b for b in batch.ready
@@ -2222,6 +2228,10 @@ class Engine:
             seq.num_computed = end
         for b in batch.ready:
             batch.sequences[b].num_pending += 1
+
+        def tokens() -> np.ndarray:
+            done()
+            return self.sampled[rows, turns]
         return batch, tokens, logits
 
     def retire_step(self, batch: Batch, tokens: Callable, logits: dict) -> list[Request]:
