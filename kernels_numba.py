@@ -5238,15 +5238,17 @@ def rope_write_kv_example(rng, elements, T, H, G, D, P):
 
 def attention_example(rng, elements, H, G, D, P, contexts, queries, split=SPLIT):
     """Requests with these contexts, of which the last `queries` tokens are this step's. Their
-    blocks lie anywhere, and slots that hold no token hold NaN."""
+    blocks lie anywhere, and slots that hold no token hold NaN. Values rise along a context, so that
+    a part of it that is missing, or read twice, shows in every channel."""
     B, T, longest = len(contexts), sum(queries), max(contexts)
     tables = rng.permutation(B * ceil_div(longest, P)).reshape(B, -1).astype(np.int32)
     k_cache, v_cache = unwritten(tables.size, P, G, D), unwritten(tables.size, P, G, D)
     rows = rng.permutation(B).astype(np.int32)
     for row, S in zip(rows, contexts):
         slots = (tables[row][:, None] * P + np.arange(P)).reshape(-1)[:S]
-        for cache in (k_cache, v_cache):
-            cache.reshape(-1, G, D)[slots] = lively(rng, S, G, D) / np.float32(5)
+        for cache, rise in ((k_cache, 0), (v_cache, 30)):
+            along = np.linspace(0, rise, S, dtype=np.float32)[:, None, None]
+            cache.reshape(-1, G, D)[slots] = lively(rng, S, G, D) / np.float32(5) + along
     splits = lay_out_splits(contexts, G, split)
     return [elements(unwritten(T, H, D)), elements(lively(rng, T, H + 2 * G, D)),
             elements(k_cache), elements(v_cache), tables, rows,
@@ -5442,9 +5444,11 @@ MANY_TOKENS = () if SIMULATOR else (
 # more items than lanes, for the simulator's one thread block; blocks of more tokens than a stage
 MANY_ITEMS = dict(L=1, contexts=(3, 1, 2, 9, 4, 5, 6), D=64, V=64, P=64, H=5, G=5, C=64, F=64)
 # splits that begin inside a block
-LARGE_BLOCKS = dict(L=1, contexts=(200, 3), D=64, V=64, P=256, H=2, G=1, C=64, F=64)
+LARGE_BLOCKS = dict(L=1, D=64, V=64, P=256, C=64, F=64) | (
+    dict(contexts=(150, 3, 200), H=2, G=1) if SIMULATOR else
+    dict(contexts=(9000, 3, 6000), H=8, G=8))
 STEPS_OF_DECODE = (dict(L=2, contexts=(90,), **ONE_STEP, **WIDE), *MANY_TOKENS, MANY_ITEMS,
-                   LARGE_BLOCKS if SIMULATOR else LARGE_BLOCKS | dict(contexts=(9000, 3), H=8, G=8),
+                   LARGE_BLOCKS,
                    dict(L=2, contexts=(7, 70, 3, 2, 1, 5, 6, 9, 4), **ONE_STEP, **WIDE))
 TENSOR = dict(types=("float16", "bfloat16"), needs=(8, 0))
 HOPPER = dict(types=("float16", "bfloat16"), needs=(9, 0))
