@@ -2964,7 +2964,7 @@ def attention_wgmma(out, qkv, k_cache, v_cache, block_tables, rows, query_starts
 # ---- decode: a warp walks tiles of 16 keys for R query heads at once ----
 
 DECODE_WARPS = 4 if SIMULATOR else 8
-SPLIT = 64 if SIMULATOR else 512           # tokens of context in one item, at least
+SPLIT = 64 if SIMULATOR else 512           # tokens of a context's splits but the last, at least
 WHOLE = 1 << 30                            # a split that no context exceeds
 SPLIT_STEP = 64                            # what longer splits are a multiple of: whole stages
 SPLIT_ITEMS = 4 if SIMULATOR else 132      # of one context, at most: one for each multiprocessor of
@@ -3795,10 +3795,10 @@ def sample_tokens_ref(sampled, state, seen, scores, chunk_max, chunk_argmax, row
 @cuda.jit(cache=True)
 def sample_tokens_kernel(sampled, state, seen, scores, chunk_max, chunk_argmax, rows, seq_lens,
                          settings, seeds):
-    """sampled[row, S % 2] = argmax_v of scores[b,v] + gumbel(seed, position, v), over those kept
+    """sampled[rows[b], S % 2] = argmax_v of scores[b,v] + gumbel(seed, S, v), over those kept
 
-    sampled      (rows, 2)   i32   one of the two written, by the context's length; -1 where no
-                                   logit is finite
+    sampled      (rows, 2)   i32   one of a row's two written, S is seq_lens[b]; -1 where no logit
+                                   is finite
     state, seen  (rows, 2), (rows, V) i32   newest token, context length and count are written
     scores       (B, V)      f32   read once for a draw, eleven times with top-k and top-p
     chunk_max, chunk_argmax (B, chunks) f32, i32   read
@@ -3930,7 +3930,7 @@ def begin_decode_kernel(tokens, positions, slots, seq_lens, splits, inputs, stat
         splits[b] = first
         if b + 1 == B:
             splits[B] = total
-        for i in range(counts[b] - 1):             # the last ones of requests before are not here
+        for i in range(counts[b] - 1):             # less b: the last of each request lies behind
             splits[B + 1 + first - b + i] = i * MAX_REQUESTS + b
         splits[place + total - B] = (counts[b] - 1) * MAX_REQUESTS + b
 
@@ -4202,8 +4202,8 @@ def stream_context(ring, first, stage, stages, parity, barriers, maps, item, lay
         bits = uint32(bits + uint32(1))
     boxes = uint32(uint32(KEYS) >> bits)   # of a stage; all in 32 bits, this warp sets the pace
     items = int64(load_word(splits, seq_lens.shape[0])) * G
-    once = items <= stride         # an item each: evict_first is a gain for these, and a loss for
-                                   # many more, whose keys the L2 cannot hold anyway
+    # a thread block has one item at most; with many more copy_blocks_once made a step 13 % slower
+    once = items <= stride
     # each lane has looked up one of the thread block's next 32 items: one item after another these
     # loads, each of which waits for the one before, would take longer than the copies
     b, _, heads, keys, ends, _ = locate(item + lane * stride, G, seq_lens, splits, SPLIT)

@@ -587,8 +587,7 @@ kernels.tensor_map, cuda.to_device = lambda *tensor: [0] * 16, lambda array: arr
 def elements(array):
     return array.astype(ml_dtypes.bfloat16).view(np.uint16)
 found = {}
-for capability in json.loads(sys.argv[1]):
-    capability = tuple(capability)
+for capability in map(tuple, json.loads(sys.argv[1])):
     gpu = SimpleNamespace(compute_capability=capability, MULTIPROCESSOR_COUNT=132,
                           MAX_SHARED_MEMORY_PER_BLOCK_OPTIN=99 << 10)
     dispatcher.get_current_device = cuda.get_current_device = lambda: gpu
