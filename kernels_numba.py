@@ -440,10 +440,16 @@ def store_float(array, index, value):
     flat(array)[index] = value
 
 
+@instruction("st.global.v2.f32 [{0}], {{{1}, {2}}};", "global", "f", "f")
+def store_2_floats(array, index, value, next_value):
+    """Two float32, of which the first must lie at a multiple of 8 bytes."""
+    flat(array)[index:index + 2] = value, next_value
+
+
 @instruction("st.global.u32 [{0}], {1};", "global", "r")
 def store_word(array, index, word):
-    """Two 16-bit elements from a word."""
-    flat(array)[index:index + 2].view(np.uint32)[0] = word
+    """Two 16-bit elements, the first in the lower half of the word; or an int32."""
+    flat(array)[index:index + 4 // array.dtype.itemsize].view(np.uint32)[0] = word
 
 
 @instruction("st.global.v4.u32 [{0}], {1};", "global", "4r")
@@ -614,6 +620,22 @@ def receive(mail, index):
     return np.uint32(both & 0xffffffff), np.uint32(both >> 32)
 
 
+@instruction("{{ .reg .b64 one, two; mov.b64 one, {{{1}, {3}}}; mov.b64 two, {{{2}, {3}}};"
+             " st.relaxed.gpu.global.v2.b64 [{0}], {{one, two}}; }}", "global", "r", "r", "r")
+def send_2(mail, index, word, next_word, stamp):
+    """Two letters, the first at an even index; each may come before the other."""
+    send(mail, index, word, stamp)
+    send(mail, index + 1, next_word, stamp)
+
+
+@instruction("{{ .reg .b64 one, two; ld.relaxed.gpu.global.v2.b64 {{one, two}}, [{4}];"
+             " mov.b64 {{{0}, {1}}}, one; mov.b64 {{{2}, {3}}}, two; }}",
+             "=r", "=r", "=r", "=r", "global")
+def receive_2(mail, index):
+    """(word, stamp, next word, its stamp), the first at an even index."""
+    return *receive(mail, index), *receive(mail, index + 1)
+
+
 # Hopper: a copy engine that brings a box of a tensor to shared memory at one thread's word, tensor
 # cores that read their operands there, and barriers in shared memory, which tell of copies and
 # threads that are done.
@@ -723,6 +745,29 @@ def fence_copies():
 def fence_shared():
     """What this thread wrote in shared memory is there for tensor cores and the copy engine; what
     it read, is before what the copy engine writes."""
+
+
+if SIMULATOR:
+    def settle(array):
+        """A shared array whose address one register holds from here on. A whole warp comes."""
+        return array
+else:
+    def define_settle(typing_context, array):
+        """Left alone, the compiler makes the address anew at each use, out of a special register
+        that takes twenty cycles to read."""
+        def emit(context, builder, signature, values):
+            settled = context.make_array(array)(context, builder, values[0])
+            in_shared = ir.PointerType(ir.IntType(8), 3)
+            address = builder.ptrtoint(builder.addrspacecast(settled.data, in_shared),
+                                       ir.IntType(32))
+            # nothing less than a shuffle hides from the compiler where the word comes from
+            assembly = ir.InlineAsm(ir.FunctionType(ir.IntType(32), [ir.IntType(32)]),
+                                    "shfl.sync.idx.b32 $0, $1, 0, 31, 0xFFFFFFFF;", "=r,r", True)
+            pointer = builder.inttoptr(builder.call(assembly, [address]), in_shared)
+            settled.data = builder.addrspacecast(pointer, settled.data.type)
+            return settled._getvalue()
+        return array(array), emit
+    settle = named_intrinsic("settle", define_settle)
 
 
 def address_of(array):
@@ -1719,22 +1764,36 @@ def make_matmul_wgmma(TILE_N, GATED):
         return first + rest - n * height, n
 
     @cuda.jit(device=True)
+    def copy_weights(ring, at, weight_map, n, step, barriers, stage):
+        """Announces all bytes of a stage, and starts the copy of its rows of weight."""
+        barrier_expect(barriers, stage, uint32(STAGE * 4))
+        at, k = at + WGMMA_T * 32, uint32(step * 64)
+        if GATED:
+            copy_box_5d(ring, at, weight_map, 0, k, uint32(0), uint32(0),
+                        uint32(n * (TILE_N // 16)), uint32(0), barriers, stage)
+        else:
+            copy_box_3d(ring, at, weight_map, 0, k, uint32(n * TILE_N), uint32(0), barriers, stage)
+
+    @cuda.jit(device=True)
     def fill_ring(ring, first, barriers, x_map, weight_map, tiles_t, tiles_n, steps):
-        """What the copying thread does."""
-        stage, parity = 0, uint32(1)
+        """What the copying thread does. Weights are nobody's output: those of the first stages come
+        while the kernel before still ends."""
+        stage, parity, there = 0, uint32(1), min(steps, RING_STAGES)
+        _, n = tile_of(cuda.blockIdx.x, tiles_t, tiles_n)
+        for step in range(there):
+            copy_weights(ring, first + step * STAGE, weight_map, n, step, barriers, step)
+        wait_for_inputs()
         for item in range(cuda.blockIdx.x, tiles_t * tiles_n, cuda.gridDim.x):
             t, n = tile_of(item, tiles_t, tiles_n)
             for step in range(steps):
-                await_barrier(barriers, RING_EMPTY + stage, parity)
-                barrier_expect(barriers, stage, uint32(STAGE * 4))
-                at, k = first + stage * STAGE, uint32(step * 64)
-                copy_box_3d(ring, at, x_map, 0, k, uint32(t * WGMMA_T), uint32(0), barriers, stage)
-                if GATED:
-                    copy_box_5d(ring, at + WGMMA_T * 32, weight_map, 0, k, uint32(0), uint32(0),
-                                uint32(n * (TILE_N // 16)), uint32(0), barriers, stage)
+                at = first + stage * STAGE
+                if there > 0:
+                    there -= 1
                 else:
-                    copy_box_3d(ring, at + WGMMA_T * 32, weight_map, 0, k, uint32(n * TILE_N),
-                                uint32(0), barriers, stage)
+                    await_barrier(barriers, RING_EMPTY + stage, parity)
+                    copy_weights(ring, at, weight_map, n, step, barriers, stage)
+                copy_box_3d(ring, at, x_map, 0, uint32(step * 64), uint32(t * WGMMA_T), uint32(0),
+                            barriers, stage)
                 stage, parity = next_stage(stage, parity, RING_STAGES)
 
     @cuda.jit(device=True)
@@ -1788,13 +1847,13 @@ def make_matmul_wgmma(TILE_N, GATED):
             barriers_ready()
         cuda.syncthreads()                 # else a thread uses a barrier that is not there yet
         start_next_kernel()
-        wait_for_inputs()
         if tid >= WGMMA_WARPS * WARP:
             few_registers()
             if tid == WGMMA_WARPS * WARP:
                 fill_ring(ring, first, barriers, x_map, weight_map, tiles_t, tiles_n, steps)
             return
         many_registers()
+        wait_for_inputs()
         lane, rows = tid % WARP, first + tid // (4 * WARP) * 64 * 32       # of x, in stage 0
         weights = first + WGMMA_T * 32
         stage, parity, used = 0, uint32(0), 0
@@ -3026,71 +3085,75 @@ def locate(item, G, seq_lens, splits, split):
     return b, int64(load_word(splits, b)) + i, g, i * size, min(i * size + size, S), S
 
 
-def make_attention_sums(D, IN_ORDER):
+def make_attention_sums(D, HALVES, IN_ORDER):
     """What every decode attention of a head_dim does with scores, and at the end with its sums.
 
+    HALVES    of a tile, of 16 keys each
     IN_ORDER  fragment n of the accumulators has channels 8*n to 8*n + 7; otherwise those at n % 8
               of each 8 channels from n // 8 * 64 on, as attend_splits leaves them
     """
-    OUTS = D // 8 * 4
+    OUTS, M_AND_L = D // 8 * 4, 2 * DECODE_WARPS
 
     @cuda.jit(device=True)
     def add_scores(acc, m, l, x, p, R, first, end, scale, like):
-        """The online softmax of R heads, 16 keys further: x (16 heads, 16 keys), as mma leaves it,
-        becomes weights, packed in p as an A fragment; acc, m and l fit the new maximum."""
+        """The online softmax of R heads, a tile further: x (HALVES, 16 heads, 16 keys), as mma
+        leaves it, becomes weights, packed in p as A fragments; acc, m and l fit the new maximum."""
         seen = int32(end - first - thread_index() % 4 * 2)   # keys from this lane's first on
-        for half in range(2):
-            p[half], p[2 + half] = uint32(0), uint32(0)
-            if R > half * 8:               # of 8 heads or fewer the second half is nobody's
-                for i in range(4):
+        for side in range(2):
+            for half in range(HALVES):
+                p[half * 4 + side], p[half * 4 + 2 + side] = uint32(0), uint32(0)
+            if R > side * 8:               # of 8 heads or fewer the second side is nobody's
+                new_m = m[side]
+                for i in range(4 * HALVES):
+                    j = i // 2 * 4 + side * 2 + i % 2
                     if i // 2 * 8 + i % 2 >= seen:
-                        x[half * 2 + i // 2 * 4 + i % 2] = NEG_INF
-                new_m = max(max(x[half * 2], x[half * 2 + 1]),
-                            max(x[half * 2 + 4], x[half * 2 + 5]))
+                        x[j] = NEG_INF
+                    new_m = max(new_m, x[j])
                 new_m = max(new_m, shuffle_xor(new_m, 1))
-                new_m = max(m[half], max(new_m, shuffle_xor(new_m, 2)))
-                rescale, shift = exp2((m[half] - new_m) * scale), new_m * scale
-                m[half] = new_m
-                l[half] *= rescale
+                new_m = max(new_m, shuffle_xor(new_m, 2))
+                rescale, shift = exp2((m[side] - new_m) * scale), new_m * scale
+                m[side] = new_m
+                l[side] *= rescale
                 for n in range(OUTS // 4):
-                    acc[n * 4 + half * 2] *= rescale
-                    acc[n * 4 + half * 2 + 1] *= rescale
-                for i in range(4):
-                    j = half * 2 + i // 2 * 4 + i % 2
+                    acc[n * 4 + side * 2] *= rescale
+                    acc[n * 4 + side * 2 + 1] *= rescale
+                for i in range(2 * HALVES):
+                    j = i * 4 + side * 2
                     x[j] = exp2(multiply_add(x[j], scale, -shift))
-                    l[half] += x[j]
-                p[half] = pack(x[half * 2], x[half * 2 + 1], like)
-                p[2 + half] = pack(x[half * 2 + 4], x[half * 2 + 5], like)
+                    x[j + 1] = exp2(multiply_add(x[j + 1], scale, -shift))
+                    l[side] += x[j]
+                    l[side] += x[j + 1]
+                    p[i * 2 + side] = pack(x[j], x[j + 1], like)
 
     @cuda.jit(device=True)
     def store_sums(sums, acc, m, l, R, scale):
         """sums as (warp, r, D+2): the fragments, then m and l."""
         lane, warp = thread_index() % WARP, thread_index() // WARP
-        for half in range(2):
-            total = l[half] + shuffle_xor(l[half], 1)
-            total += shuffle_xor(total, 2)
-            r = lane // 4 + half * 8
-            if r < R:
-                at = (warp * R + r) * (D + 2)
-                for n in range(OUTS // 4):
-                    store_2_shared(sums, at + n * 8 + lane % 4 * 2, acc[n * 4 + half * 2],
-                                   acc[n * 4 + half * 2 + 1])
-                store_2_shared(sums, at + D, m[half] * scale, total)
+        for side in range(2):
+            if R > side * 8:
+                total = l[side] + shuffle_xor(l[side], 1)
+                total += shuffle_xor(total, 2)
+                r = lane // 4 + side * 8
+                if r < R:
+                    at = (warp * R + r) * (D + 2)
+                    for n in range(OUTS // 4):
+                        store_2_shared(sums, at + n * 8 + lane % 4 * 2, acc[n * 4 + side * 2],
+                                       acc[n * 4 + side * 2 + 1])
+                    store_2_shared(sums, at + D, m[side] * scale, total)
 
     @cuda.jit(device=True)
     def joined(sums, r, place, R):
         """The sums of all warps, (DECODE_WARPS, R, D+2), together: o at a place of the fragments
         and at the next, m and l."""
-        m, l, o, next_o = NEG_INF, ZERO, ZERO, ZERO
+        m_and_l = cuda.local.array(M_AND_L, float32)
+        m, l, o, next_o, at = NEG_INF, ZERO, ZERO, ZERO, r * (D + 2)
         for w in range(DECODE_WARPS):
-            warp_m, _ = load_2_shared(sums, (w * R + r) * (D + 2) + D)
-            m = max(m, warp_m)
+            m_and_l[2 * w], m_and_l[2 * w + 1] = load_2_shared(sums, at + w * R * (D + 2) + D)
+            m = max(m, m_and_l[2 * w])
         for w in range(DECODE_WARPS):
-            at = (w * R + r) * (D + 2)
-            warp_m, warp_l = load_2_shared(sums, at + D)
-            warp_o, warp_next_o = load_2_shared(sums, at + place)
-            weight = exp2(warp_m - m)                          # a warp without keys has m = -inf
-            l += warp_l * weight
+            warp_o, warp_next_o = load_2_shared(sums, at + w * R * (D + 2) + place)
+            weight = exp2(m_and_l[2 * w] - m)                  # a warp without keys has m = -inf
+            l += m_and_l[2 * w + 1] * weight
             o += warp_o * weight
             next_o += warp_next_o * weight
         return o, next_o, m, l
@@ -3099,26 +3162,34 @@ def make_attention_sums(D, IN_ORDER):
     def join_warps(out, partial, sums, b, g, j, R, only):
         """The attention of request b and KV head g itself if j is the context's only split,
         otherwise a part of it."""
-        for i in range(thread_index(), R * (D // 2), WARP * DECODE_WARPS):
+        i, H = uint32(thread_index()), out.shape[1]
+        while i < R * (D // 2):            # in 32 bits: range takes 64, twice the instructions
             r, place = i // (D // 2), i % (D // 2) * 2
             o, next_o, m, l = joined(sums, r, place, R)
-            d, next_d = place, place + 1
+            d, next_d, head = place, place + 1, g * R + r
             if not IN_ORDER:
                 d = place // 64 * 64 + place % 8 * 8 + place // 8 % 8
                 next_d = d + 8
-            if only:
-                out[b, g * R + r, d] = narrow(o / l, out)
-                out[b, g * R + r, next_d] = narrow(next_o / l, out)
-            else:
-                partial[j, g * R + r, d], partial[j, g * R + r, next_d] = o, next_o
+            if not only:
+                at = uint32((j * H + head) * (D + 2))
+                store_float(partial, uint32(at + d), o)
+                store_float(partial, uint32(at + next_d), next_o)
                 if place == 0:
-                    partial[j, g * R + r, D], partial[j, g * R + r, D + 1] = m, l
+                    store_float(partial, uint32(at + D), m)
+                    store_float(partial, uint32(at + D + 1), l)
+            elif IN_ORDER:
+                store_word(out, uint32((b * H + head) * D + d),
+                           pack(o * inverse(l), next_o * inverse(l), out))
+            else:
+                out[b, head, d] = narrow(o * inverse(l), out)
+                out[b, head, next_d] = narrow(next_o * inverse(l), out)
+            i = uint32(i + WARP * DECODE_WARPS)
     return add_scores, store_sums, joined, join_warps
 
 
 def make_attend_splits(D):
     """The device function for one head_dim, a multiple of 64 up to 256."""
-    add_scores, store_sums, _, join_warps = make_attention_sums(D, IN_ORDER=False)
+    add_scores, store_sums, _, join_warps = make_attention_sums(D, HALVES=1, IN_ORDER=False)
     VECTORS = D // 64                      # 16-byte pieces of a value row for a lane
     K_WORDS, Q_WORDS = D // 4, D // 16 * 4
     TILE_WORDS = 2 * K_WORDS               # of keys, then of values
@@ -3217,8 +3288,8 @@ def make_attend_splits(D):
                 next_b, next_j, next_g, next_first, next_end, next_S = locate(
                     item + stride, G, seq_lens, splits, split)
                 next_row = int64(load_word(rows, next_b))
-            for half in range(2):
-                m[half], l[half] = NEG_INF, ZERO
+            for side in range(2):
+                m[side], l[side] = NEG_INF, ZERO
             for i in range(OUTS):
                 acc[i] = ZERO
             s, rounds = first + warp * 16, ceil_div_int(end - first, TILES * width)
@@ -3513,7 +3584,7 @@ TEMPERATURE, TOP_K, TOP_P, MIN_P, REPETITION, PRESENCE, FREQUENCY, EDITED = rang
 NUM_SETTINGS = 8
 IN_PROMPT = 1 << 30                        # bit of `seen` beside the count of the output
 MAX_CHUNKS = 2 if SIMULATOR else 128       # thread blocks that share a row of logits
-EDITS = 8                                  # logits of a thread on their way at once
+EDITS = 8                                  # logits, or chunks, of a thread on their way at once
 SAMPLE_THREADS = WARP if SIMULATOR else 1024
 BINS, LAST_BIN, BINS_PER_UNIT = 256, np.float32(255), np.float32(8)
 FLAT, PEAKED = ZERO, ONE                   # exponents of the weights in `lowest_kept`
@@ -3549,21 +3620,18 @@ def chunks_of(B):
 def block_argmax(value, index):
     """The largest value of a thread block and its index, the lowest one of several.
 
-    The number of threads is a power of two, SAMPLE_THREADS at most."""
-    values = cuda.shared.array(SAMPLE_THREADS, float32)
-    indices = cuda.shared.array(SAMPLE_THREADS, int32)
-    tid, stride = cuda.threadIdx.x, cuda.blockDim.x // 2
-    values[tid], indices[tid] = value, index
-    while stride > 0:
-        cuda.syncthreads()                 # else a thread compares what is not written yet
-        if tid < stride and larger(values[tid], indices[tid], values[tid + stride],
-                                   indices[tid + stride]):
-            values[tid], indices[tid] = values[tid + stride], indices[tid + stride]
-        stride //= 2
-    cuda.syncthreads()                     # else a thread reads the result before the last halving
-    best = values[0], indices[0]
-    cuda.syncthreads()                     # else the next call overwrites what a slow thread reads
-    return best
+    Whole warps come, WARP at most."""
+    values = cuda.shared.array(WARP, float32)
+    indices = cuda.shared.array(WARP, int32)
+    lane, warp = thread_index() % WARP, thread_index() // WARP
+    value, index = warp_argmax(value, index)
+    if lane == 0:
+        values[warp], indices[warp] = value, index
+    cuda.syncthreads()                     # else a warp compares what is not written yet
+    other = min(lane, cuda.blockDim.x // WARP - 1)
+    value, index = warp_argmax(values[other], indices[other])
+    cuda.syncthreads()                     # else the next call overwrites what a slow warp reads
+    return value, index
 
 
 def edit_logits_ref(scores, chunk_max, chunk_argmax, logits, rows, settings, bias, seen):
@@ -3605,7 +3673,7 @@ def edit_logits_kernel(scores, chunk_max, chunk_argmax, logits, rows, settings, 
     rows         (B,)        i32   read
     settings, bias, seen     f32, f32, i32   rows of them read
     launch grid (chunks, B), thread block THREADS; a thread block owns a chunk of a row
-    shared 8*SAMPLE_THREADS bytes: the argmax
+    shared 8*WARP bytes: the argmax
     moves  4*B*V bytes, does B*V flops: bandwidth-bound; twice that to sample, four times to edit
     twin   edit_logits_ref
     """
@@ -3805,18 +3873,24 @@ def sample_tokens_kernel(sampled, state, seen, scores, chunk_max, chunk_argmax, 
     rows, seq_lens (B,)      i32   read
     settings, seeds (rows, 8) f32, (rows, 2) u32   read
     launch grid B, thread block SAMPLE_THREADS; a thread block owns a request
-    shared 8*SAMPLE_THREADS + 8*(BINS + WARP + 4) bytes: argmax, histogram and its state
+    shared 8*WARP + 8*(BINS + WARP + 4) bytes: argmax, histogram and its state
     moves  4*B*V bytes, does 40*B*V flops: latency-bound
     twin   sample_tokens_ref
     """
     start_next_kernel()
     wait_for_inputs()
-    b, tid, V = cuda.blockIdx.x, cuda.threadIdx.x, scores.shape[1]
-    row, best, token = rows[b], NEG_INF, int32(-1)
-    for chunk in range(tid % WARP, chunk_max.shape[1], WARP):
-        if larger(best, token, chunk_max[b, chunk], chunk_argmax[b, chunk]):
-            best, token = chunk_max[b, chunk], chunk_argmax[b, chunk]
-    best, token = warp_argmax(best, token)
+    b, tid, V, chunks = cuda.blockIdx.x, cuda.threadIdx.x, scores.shape[1], chunk_max.shape[1]
+    largest = cuda.local.array(EDITS, float32)
+    row, best, best_chunk = rows[b], NEG_INF, 0
+    for next_chunk in range(tid, chunks, EDITS * SAMPLE_THREADS):
+        for i in range(EDITS):             # all on their way before the first is used
+            chunk = next_chunk + i * SAMPLE_THREADS
+            largest[i] = chunk_max[b, chunk] if chunk < chunks else NEG_INF
+        for i in range(EDITS):
+            if largest[i] > best:
+                best, best_chunk = largest[i], next_chunk + i * SAMPLE_THREADS
+    best, best_chunk = block_argmax(best, best_chunk)
+    token = chunk_argmax[b, best_chunk]
     if not (NEG_INF < best and best < INF):
         token = -1
     elif settings[row, TEMPERATURE] > ZERO:
@@ -3897,42 +3971,49 @@ def begin_decode_kernel(tokens, positions, slots, seq_lens, splits, inputs, stat
     state        (rows, 2)        i32   read
     block_tables (rows, blocks)   i32   read, appended to where a block begins
     launch one thread block of THREADS; a thread owns every THREADS-th request
-    shared 8*MAX_REQUESTS bytes: the number of splits of each, and the tokens of its last
+    shared 8*MAX_REQUESTS bytes: the number of splits of each, and a key to sort its last by
     moves  40*B + 4*J bytes, does 0 flops: latency-bound
-    needs  B <= MAX_REQUESTS (asserted in the launcher), room for all J splits
+    needs  B <= MAX_REQUESTS (asserted in the launcher), a split below 2**32 / MAX_REQUESTS tokens,
+           room for all J splits
     twin   begin_decode_ref
     """
     counts = cuda.shared.array(MAX_REQUESTS, int32)
-    left = cuda.shared.array(MAX_REQUESTS, int32)
+    keys = cuda.shared.array(MAX_REQUESTS, uint32)
     start_next_kernel()
     wait_for_inputs()
     B, tid = tokens.shape[0], cuda.threadIdx.x
     for b in range(tid, B, THREADS):
         row, new_block = inputs[0, b], inputs[1, b]
-        position = state[row, 1]
-        i, offset = position // block_size, position % block_size
+        token, position = state[row, 0], state[row, 1]
+        i = int64(divide(uint32(position), uint32(block_size)))
+        offset = position - i * block_size
         if offset == 0 and row < state.shape[0] - 1:
             block_tables[row, i] = new_block
-        tokens[b], positions[b], seq_lens[b] = state[row, 0], position, position + 1
+        tokens[b], positions[b], seq_lens[b] = token, position, position + 1
         slots[b] = block_tables[row, i] * block_size + offset
         size = split_size_int(position + 1, G, split)
-        counts[b] = ceil_div_int(position + 1, size)
-        left[b] = position + 1 - (counts[b] - 1) * size
+        count = int64(divide(uint32(position + size), uint32(size)))
+        counts[b] = count
+        left = position + 1 - (count - 1) * size
+        keys[b] = uint32(left * MAX_REQUESTS + MAX_REQUESTS - 1 - b)       # of equals the first
     cuda.syncthreads()                     # else a count is read before it is written
     for b in range(tid, B, THREADS):
-        first, total, place = 0, 0, B + 1          # place: of the last split, behind longer ones
-        for other in range(B):
-            total += counts[other]
-            if other < b:
-                first += counts[other]
-            if left[other] > left[b] or (left[other] == left[b] and other < b):
-                place += 1
+        key, count = load_shared_word(keys, b), counts[b]
+        first, total, longer, other = uint32(0), uint32(0), uint32(0), uint32(0)
+        while other < uint32(B):           # each thread goes through all, in 32 bits
+            if other == uint32(b):
+                first = total
+            total = uint32(total + load_shared_word(counts, other))
+            if load_shared_word(keys, other) > key:
+                longer = uint32(longer + 1)
+            other = uint32(other + 1)
+        first, total, place = int64(first), int64(total), B + 1 + int64(longer)
         splits[b] = first
         if b + 1 == B:
             splits[B] = total
-        for i in range(counts[b] - 1):             # less b: the last of each request lies behind
+        for i in range(count - 1):                 # less b: the last of each request lies behind
             splits[B + 1 + first - b + i] = i * MAX_REQUESTS + b
-        splits[place + total - B] = (counts[b] - 1) * MAX_REQUESTS + b
+        splits[place + total - B] = (count - 1) * MAX_REQUESTS + b
 
 
 def begin_decode(tokens, positions, slots, seq_lens, splits, inputs, state, block_tables,
@@ -3963,10 +4044,10 @@ def begin_decode(tokens, positions, slots, seq_lens, splits, inputs, state, bloc
 #
 # Thread blocks tell each other of their results at meetings: each counts itself in when its own are
 # written, and waits until all have. With few tokens these meetings, of two microseconds each, are
-# most of what a layer takes beyond the time of its weights. So what a few thread blocks need goes
-# by mail, each word with a stamp that says which layer of which step it is of; a single token every
-# thread block norms for itself, and joins those of its splits that it needs; and while such news
-# are due, the copies ahead take their time.
+# most of what a layer takes beyond the time of its weights. So what is little goes by mail, each
+# word with a stamp that says which layer of which step it is of; a single token's stream has owners
+# for each channel, who tell all, and every thread block norms it for itself, and joins those of its
+# splits that it needs; and while such news are due, the copies ahead take their time.
 #
 # A matmul is cut into items: 128 rows of a weight matrix, a tile, by all of its K or a part of it.
 # A thread block takes every gridDim.x-th item and goes on from one matrix to the next without a
@@ -3990,12 +4071,14 @@ X_WORDS = 4096                             # for the tokens' ring; three stages 
 # barriers of the rings: full[i], that a copy has landed, and empty[i], that all consumers are done
 MAX_STAGES, MAX_X_STAGES = 16, 8
 EMPTY, X_FULL, X_EMPTY = MAX_STAGES, 2 * MAX_STAGES, 2 * MAX_STAGES + MAX_X_STAGES
-NUM_BARRIERS = 2 * MAX_STAGES + 2 * MAX_X_STAGES
+JOINED = 2 * MAX_STAGES + 2 * MAX_X_STAGES # that all warps have read the sums of an item
+NUM_BARRIERS = JOINED + 1
 QKV, O, GATE_UP, DOWN, LM_HEAD = range(5)  # the matmuls of a layer in their order, and the last one
 H_MAP, O_MAP, ACT_MAP, KV_MAP = range(5, 9)            # tensor maps behind those of the matrices
 # columns of the plan: items of a matrix, tiles of its rows, parts of its K, steps of an item, rows,
-# and where its sums begin in `parts` if there is but one token
+# and where its letters begin
 ITEMS, ROW_TILES, PARTS, STEPS, ROWS, PLACE = range(6)
+CHUNK = 16                                 # logits of which one warp finds the largest: its rows
 FAST = 3                                   # stages of weights on their way at once, see
                                            # await_copies; SLOW is each kernel's own
 MAIL_TOKENS = 16                           # for so many, at most, q, k and v go by mail
@@ -4044,36 +4127,41 @@ def decode_plan(H, G, D, C, F, V):
         parts = parts_of(N, K) if kind in (QKV, O, DOWN) else 1
         tiles = ceil_div(N, TILE_ROWS)
         plan.append((tiles * parts, tiles, parts, K // parts // 64, N, place))
-        if kind in (QKV, O, DOWN):
+        if kind == QKV:                    # behind its letters come those of attention
+            place += MAIL_TOKENS * parts * N + MAIL_SPLITS * H * (D + 2)
+        elif kind in (O, DOWN):
             place += parts * N
     return np.array(plan, np.int32)
 
 
 def parts_size(B, H, G, D, C, F):
-    """Elements of `parts` of forward_decode for up to B tokens: a matmul's, or all of one token."""
+    """Elements of `parts` of forward_decode for up to B tokens."""
     shapes = shapes_of_layer(H, G, D, C, F)
-    sizes = [parts_of(*shapes[kind]) * shapes[kind][0] for kind in (QKV, O, DOWN)]
-    return max(B * max(sizes), sum(sizes))
+    return B * max(parts_of(*shapes[kind]) * shapes[kind][0] for kind in (QKV, O, DOWN))
 
 
-def mail_size(H, G, D, C):
-    """Letters of forward_decode: parts of q, k and v, then one token's attention, two channels in a
-    letter, or what its splits leave, as in `partial`."""
-    rows = (H + 2 * G) * D
-    return MAIL_TOKENS * parts_of(rows, C) * rows + MAIL_SPLITS * H * (D + 2)
+def mail_size(H, G, D, C, F):
+    """Letters of forward_decode: parts of q, k and v, then those of one token: its attention, two
+    channels in a letter, or what its splits leave, as in `partial`; parts of what o and down add to
+    its residual stream; and this itself, before either norm of a layer, two channels in a letter.
+    """
+    (rows, _), o, _, down = shapes_of_layer(H, G, D, C, F)
+    return (MAIL_TOKENS * parts_of(rows, C) * rows + MAIL_SPLITS * H * (D + 2)
+            + (parts_of(*o) + parts_of(*down)) * C + C)
 
 
-def forward_decode_ref(logits, x, h, o, act, kv_cache, parts, partial, mail, arrivals, tokens,
-                       slots, rows, seq_lens, splits, block_tables, cos, sin, embed, norms,
-                       matrices, eps):
-    """Logits of one token for each request: the whole transformer.
+def forward_decode_ref(logits, largest, largest_at, x, h, o, act, kv_cache, parts, partial, mail,
+                       arrivals, tokens, slots, rows, seq_lens, splits, block_tables, cos, sin,
+                       embed, norms, matrices, eps, greedy):
+    """Logits of one token for each request, or the largest of them: the whole transformer.
 
-    logits (B, V) f32 and x (B, C) written; h (B, C), o (B, H, D) and act (B, F) are workspace;
-    kv_cache (2, L, blocks, P, G, D) appended to; parts (parts_size,), partial (J, H, D+2), mail
-    (mail_size,) u64 and arrivals (8L+3,) u32 are the kernel's own, at first 0, and the last of
-    arrivals counts its launches; tokens, slots, rows, seq_lens (B,) i32, splits and block_tables
-    as begin_decode leaves them; embed (V, C); norms (2L+1, C): before attention and MLP of each
-    layer, and the last; matrices: see matrices_of_layer.
+    logits (B, V) f32 written or, if greedy, the largest of each CHUNK of them, (B, V/CHUNK) f32,
+    inf where one is NaN or inf, and its token, i32; x (B, C) written; h (B, C), o (B, H, D) and
+    act (B, F) are workspace; kv_cache (2, L, blocks, P, G, D) appended to; parts (parts_size,),
+    partial (J, H, D+2), mail (mail_size,) u64 and arrivals (8L+3,) u32 are the kernel's own, at
+    first 0, and the last of arrivals counts its launches; tokens, slots, rows, seq_lens (B,) i32,
+    splits and block_tables as begin_decode leaves them; embed (V, C); norms (2L+1, C): before
+    attention and MLP of each layer, and the last; matrices: see matrices_of_layer.
     """
     B, (H, D), G, C, F = len(x), o.shape[1:], kv_cache.shape[4], x.shape[1], act.shape[1]
     delta, gate_up = np.empty_like(x), np.empty((B, 2 * F), x.dtype)
@@ -4095,7 +4183,16 @@ def forward_decode_ref(logits, x, h, o, act, kv_cache, parts, partial, mail, arr
         add_ref(x, delta)
     rmsnorm_ref(h, x, norms[-1], eps)
     arrivals[-1] += 1
-    matmul_ref(logits, h, matrices[len(k_cache) * layer_size(H, G, D, C, F):].reshape(-1, C))
+    lm_head = matrices[len(k_cache) * layer_size(H, G, D, C, F):].reshape(-1, C)
+    if not greedy:
+        matmul_ref(logits, h, lm_head)
+        return
+    raw = np.empty(logits.shape, np.float32)
+    matmul_ref(raw, h, lm_head)
+    chunks = raw.reshape(B, -1, CHUNK)
+    highest = chunks.max(axis=2)                                       # NaN wins every maximum
+    largest[:] = np.where(highest < np.inf, highest, np.inf)
+    largest_at[:] = chunks.argmax(axis=2) + np.arange(chunks.shape[1]) * CHUNK
 
 
 @cuda.jit(device=True)
@@ -4324,9 +4421,9 @@ def copy_mailed(ring, at, mail, source, steps, step_words, stamp):
         missing = True
         while missing:
             missing = False
-            for n in range(4):
-                words[n], sent = receive(mail, source + piece * 4 + n)
-                missing |= sent != stamp
+            for n in range(0, 4, 2):
+                words[n], sent, words[n + 1], next_sent = receive_2(mail, source + piece * 4 + n)
+                missing |= sent != stamp or next_sent != stamp
         store_shared(ring, at + piece // 8 * step_words + piece % 8 * 4, words, 0)
 
 
@@ -4394,9 +4491,13 @@ def stream_tokens(ring, first, x_stages, x_steps, step_words, barriers, plan, ma
 
 def make_attend_stages(D, N):
     """Decode attention out of the ring: the device function for one head_dim and up to N tokens."""
-    add_scores, store_sums, joined, join_warps = make_attention_sums(D, IN_ORDER=True)
     KEYS = keys_of_stage(D)
-    TILES, CHUNKS = KEYS // 16, D // 8                 # of a stage; 16-byte pieces of a token
+    TILE = min(KEYS, 32)           # keys of a warp at once: of 16, half as many to wait for, of
+                                   # 64, four warps would have nothing to do with 256
+    TILES, HALVES, CHUNKS = KEYS // TILE, TILE // 16, D // 8   # CHUNKS: 16-byte pieces of a token
+    TURNS = DECODE_WARPS // TILES                      # stages from one tile of a warp to its next
+    add_scores, store_sums, joined, join_warps = make_attention_sums(D, HALVES, IN_ORDER=True)
+    SCORES, WEIGHTS = HALVES * 8, HALVES * 4           # registers of a tile's
     Q_WORDS, OUTS = D // 16 * 4, D // 8 * 4            # registers of queries and of sums
     HEAD_TERMS = MAX_PARTS * 4
 
@@ -4422,28 +4523,28 @@ def make_attend_stages(D, N):
         A unit of it is two channels of each half of a head, for those are rotated together: which
         head of the group, which of all, where behind the queries lie the keys and then the values,
         and the first channel."""
-        n = unit // (D // 4)
-        head = g * R + n if n < R else n * G + g
-        return n, head, unit % (D // 4) * 2
+        n = uint32(unit // (D // 4))
+        head = uint32(g * R + n if n < R else n * G + g)
+        return n, head, uint32(unit % (D // 4) * 2)
 
     @cuda.jit(device=True)
     def fetch_group(sums, at, first_unit, b, g, position, B, R, G, parts, num_parts, cos, sin):
         """Starts copies of what rotate_group needs to sums[at:]: the parts of each unit, then its
         cosines and sines, but for values. Each thread fetches what it will use itself, so that
         nobody waits for another."""
-        units, heads = (R + 2) * (D // 4), (R + 2) * G
-        for unit in range(first_unit, units, CONSUMERS):
+        unit, units, heads = uint32(first_unit), uint32((R + 2) * (D // 4)), (R + 2) * G
+        while unit < units:
             n, head, i = unit_of_group(unit, g, R, G)
-            place, source = at + unit * 2, (b * heads + head) * D + i          # in part 0
-            for p in range(MAX_PARTS):
-                if p < num_parts:
-                    copy_8_async(sums, place, parts, source + p * B * heads * D)
-                    copy_8_async(sums, place + units * 2, parts,
-                                 source + p * B * heads * D + D // 2)
-                    place += units * 4
+            place, source = uint32(at + unit * 2), uint32((b * heads + head) * D + i)  # in part 0
+            for _ in range(num_parts):
+                copy_8_async(sums, place, parts, source)
+                copy_8_async(sums, uint32(place + units * 2), parts, uint32(source + D // 2))
+                place, source = uint32(place + units * 4), uint32(source + B * heads * D)
             if n <= R:
-                copy_8_async(sums, place, cos, position * (D // 2) + i)
-                copy_8_async(sums, place + (R + 1) * (D // 2), sin, position * (D // 2) + i)
+                turn = uint32(position * (D // 2) + i)
+                copy_8_async(sums, place, cos, turn)
+                copy_8_async(sums, uint32(place + (R + 1) * (D // 2)), sin, turn)
+            unit = uint32(unit + CONSUMERS)
         copies_commit()
 
     @cuda.jit(device=True)
@@ -4455,8 +4556,8 @@ def make_attend_stages(D, N):
         terms = cuda.local.array(HEAD_TERMS, float32)
         turns = cuda.local.array(4, float32)
         G = k_cache.shape[2]
-        units, heads, place = (R + 2) * (D // 4), (R + 2) * G, (slot * G + g) * D
-        for unit in range(first_unit, units, CONSUMERS):
+        unit, units, heads = uint32(first_unit), uint32((R + 2) * (D // 4)), (R + 2) * G
+        while unit < units:
             n, head, i = unit_of_group(unit, g, R, G)
             if N <= MAIL_TOKENS and mailed:
                 load_2_floats(turns, 0, cos, position * (D // 2) + i)
@@ -4467,26 +4568,31 @@ def make_attend_stages(D, N):
                     missing = False
                     for p in range(MAX_PARTS):
                         if p < num_parts:
-                            for c in range(4):
-                                word, sent = receive(mail, letter + p * B * heads * D
-                                                     + c // 2 * (D // 2) + c % 2)
+                            for c in range(0, 4, 2):
+                                word, sent, next_word, next_sent = receive_2(
+                                    mail, letter + p * B * heads * D + c * (D // 4))
                                 terms[p * 4 + c] = float_of(word)
-                                missing |= sent != stamp
+                                terms[p * 4 + c + 1] = float_of(next_word)
+                                missing |= sent != stamp or next_sent != stamp
+                for p in range(1, MAX_PARTS):
+                    if p < num_parts:
+                        for c in range(4):
+                            terms[c] += terms[p * 4 + c]
             else:
                 copies_wait_all()
-                term = fetched + unit * 2
-                for p in range(MAX_PARTS):
-                    if p < num_parts:
-                        terms[p * 4], terms[p * 4 + 1] = load_2_shared(sums, term)
-                        terms[p * 4 + 2], terms[p * 4 + 3] = load_2_shared(sums, term + units * 2)
-                        term += units * 4
+                term = uint32(fetched + unit * 2)
+                terms[0], terms[1] = load_2_shared(sums, term)
+                terms[2], terms[3] = load_2_shared(sums, term + units * 2)
+                for _ in range(1, num_parts):
+                    term = uint32(term + units * 4)
+                    low, low_1 = load_2_shared(sums, term)
+                    high, high_1 = load_2_shared(sums, term + units * 2)
+                    terms[0], terms[1] = terms[0] + low, terms[1] + low_1
+                    terms[2], terms[3] = terms[2] + high, terms[3] + high_1
                 if n <= R:
+                    term = uint32(term + units * 4)
                     turns[0], turns[1] = load_2_shared(sums, term)
                     turns[2], turns[3] = load_2_shared(sums, term + (R + 1) * (D // 2))
-            for p in range(1, MAX_PARTS):
-                if p < num_parts:
-                    for c in range(4):
-                        terms[c] += terms[p * 4 + c]
             # subtle: an element before it is rotated, as in every rung
             one, two = pack(terms[0], terms[1], k_cache), pack(terms[2], terms[3], k_cache)
             if n <= R:
@@ -4496,14 +4602,13 @@ def make_attend_stages(D, N):
                            multiply_add(low_1, turns[1], -high_1 * turns[3]), k_cache)
                 two = pack(multiply_add(high, turns[0], low * turns[2]),
                            multiply_add(high_1, turns[1], low_1 * turns[3]), k_cache)
-            ring[at + (n * D + i) // 2] = one
-            ring[at + (n * D + D // 2 + i) // 2] = two
-            if n == R:
-                store_word(k_cache, place + i, one)
-                store_word(k_cache, place + D // 2 + i, two)
-            elif n > R:
-                store_word(v_cache, place + i, one)
-                store_word(v_cache, place + D // 2 + i, two)
+            word = uint32(at + (n * D + i) // 2)
+            ring[word], ring[uint32(word + D // 4)] = one, two
+            if n >= R:
+                cache, place = k_cache if n == R else v_cache, (slot * G + g) * D + i
+                store_word(cache, place, one)
+                store_word(cache, place + D // 2, two)
+            unit = uint32(unit + CONSUMERS)
 
     @cuda.jit(device=True)
     def load_queries(q, ring, at, R):
@@ -4516,9 +4621,11 @@ def make_attend_stages(D, N):
     @cuda.jit(device=True)
     def patch_tile(ring, at, row, box, new, words):
         """Puts this step's key and value, which lie at ring[new:], into their row of a stage."""
-        for piece in range(thread_index() % WARP, 2 * CHUNKS, WARP):
+        piece = uint32(thread_index() % WARP)
+        while piece < 2 * CHUNKS:
             load_shared(words, 0, ring, new + piece * 4)
             store_shared(ring, at + place_of(row, piece % CHUNKS, piece // CHUNKS, box), words, 0)
+            piece = uint32(piece + WARP)
         meet_warp()
 
     @cuda.jit(device=True)
@@ -4548,54 +4655,59 @@ def make_attend_stages(D, N):
 
     @cuda.jit(device=True)
     def add_tile(acc, m, l, q, ring, at, row, box, x, p, keys, values, R, first, end, scale, like):
-        """16 keys, from `row` of a stage on, and their values; 64 channels at once are on their way
-        to registers, of the values before the weights are known."""
-        left = int32(end - first - thread_index() % 4 * 2)   # tokens from this lane's first on
-        keep, keep_far = mask_of(left), mask_of(left - 8)
-        for i in range(8):
+        """A tile of keys, from `row` of a stage on, and their values; 64 channels at once are on
+        their way to registers, of the first values before the weights are known."""
+        for i in range(SCORES):
             x[i] = ZERO
-        for part in range(D // 64):                            # x (16 heads, 16 keys) = q @ k.T
-            for step in range(4):
-                load_keys(keys, ring, at, row, box, part * 4 + step)
-            for step in range(4):
-                mma(x, 0, q, part * 16 + step * 4, keys, step * 4, like)
-                mma(x, 4, q, part * 16 + step * 4, keys, step * 4 + 2, like)
+        for half in range(HALVES):                             # x (HALVES, 16, 16) = q @ k.T
+            for part in range(D // 64):
+                for step in range(4):
+                    load_keys(keys, ring, at, row + half * 16, box, part * 4 + step)
+                for step in range(4):
+                    mma(x, half * 8, q, part * 16 + step * 4, keys, step * 4, like)
+                    mma(x, half * 8 + 4, q, part * 16 + step * 4, keys, step * 4 + 2, like)
+        left = int32(end - first - thread_index() % 4 * 2)     # tokens from this lane's first on
         for step in range(4):
-            load_values(values, ring, at, row, box, step, keep, keep_far)
+            load_values(values, ring, at, row, box, step, mask_of(left), mask_of(left - 8))
         add_scores(acc, m, l, x, p, R, first, end, scale, like)
-        for step in range(D // 16):                            # acc (16 heads, D) += p @ v
-            if step >= 4:
-                load_values(values, ring, at, row, box, step, keep, keep_far)
-            mma(acc, step * 8, p, 0, values, step % 4 * 4, like)
-            mma(acc, step * 8 + 4, p, 0, values, step % 4 * 4 + 2, like)
+        for half in range(HALVES):                             # acc (16 heads, D) += p @ v
+            keep, keep_far = mask_of(left - half * 16), mask_of(left - half * 16 - 8)
+            for step in range(D // 16):
+                if half > 0 or step >= 4:
+                    load_values(values, ring, at, row + half * 16, box, step, keep, keep_far)
+                mma(acc, step * 8, p, half * 4, values, step % 4 * 4, like)
+                mma(acc, step * 8 + 4, p, half * 4, values, step % 4 * 4 + 2, like)
 
     @cuda.jit(device=True)
     def mail_heads(mail, o_mail, stamp, sums, g, R, like):
         """The attention of the one token's KV head g, two channels in a letter."""
-        for i in range(thread_index(), R * (D // 2), CONSUMERS):
+        i = uint32(thread_index())
+        while i < R * (D // 2):
             o, next_o, _, l = joined(sums, i // (D // 2), i % (D // 2) * 2, R)
-            send(mail, o_mail + g * R * (D // 2) + i, pack(o / l, next_o / l, like), stamp)
+            send(mail, o_mail + g * R * (D // 2) + i,
+                 pack(o * inverse(l), next_o * inverse(l), like), stamp)
+            i = uint32(i + CONSUMERS)
 
     @cuda.jit(device=True)
     def mail_split(mail, o_mail, stamp, sums, j, g, H, R):
         """What a split of the one token's context leaves of KV head g, as join_warps would."""
-        for i in range(thread_index(), R * (D // 2), CONSUMERS):
+        i = uint32(thread_index())
+        while i < R * (D // 2):
             r, place = i // (D // 2), i % (D // 2) * 2
             o, next_o, m, l = joined(sums, r, place, R)
             letter = o_mail + (j * H + g * R + r) * (D + 2)
-            send(mail, letter + place, float_bits(o), stamp)
-            send(mail, letter + place + 1, float_bits(next_o), stamp)
+            send_2(mail, letter + place, float_bits(o), float_bits(next_o), stamp)
             if place == 0:
-                send(mail, letter + D, float_bits(m), stamp)
-                send(mail, letter + D + 1, float_bits(l), stamp)
+                send_2(mail, letter + D, float_bits(m), float_bits(l), stamp)
+            i = uint32(i + CONSUMERS)
 
     @cuda.jit(device=True)
-    def attend_stages(out, partial, sums, ring, first, stage, stages, parity, barriers, item,
-                      k_cache, v_cache, parts, num_parts, mail, mailed, stamp, o_mail, arrivals,
-                      made, cos, sin, slots, seq_lens, items, splits):
+    def attend_stages(out, partial, sums, ring, first, stage, stages, parity, joined_parity,
+                      barriers, item, k_cache, v_cache, parts, num_parts, mail, mailed, stamp,
+                      o_mail, arrivals, made, cos, sin, slots, seq_lens, items, splits):
         """Attention of this thread block's items, whose contexts stream_context brings. All warps
-        work on an item, a warp on every DECODE_WARPS-th tile of 16 keys; each warp waits for each
-        stage and gives it back, for the ring has one order.
+        work on an item, a warp on every DECODE_WARPS-th tile of it; a stage without a tile of its
+        own a warp gives back unread, and of a short item before it is filled.
 
         Behind the sums lie the parts of a group, as fetched, and two groups: while the first
         threads join the sums of an item, the last ones rotate for the item after the next, whose
@@ -4604,13 +4716,14 @@ def make_attend_stages(D, N):
         q = cuda.local.array(Q_WORDS, uint32)
         keys = cuda.local.array(16, uint32)
         values = cuda.local.array(16, uint32)
-        x = cuda.local.array(8, float32)
-        p = cuda.local.array(4, uint32)
+        x = cuda.local.array(SCORES, float32)
+        p = cuda.local.array(WEIGHTS, uint32)
         acc = cuda.local.array(OUTS, float32)
         m = cuda.local.array(2, float32)
         l = cuda.local.array(2, float32)
         tid, stride = thread_index(), cuda.gridDim.x
         lane, warp = tid % WARP, tid // WARP
+        own, own_turn = warp % TILES, warp // TILES            # this warp's tile, and which stage's
         scale, G, H = LOG2E / math.sqrt(float32(D)), k_cache.shape[2], out.shape[1]
         B, R = seq_lens.shape[0], int64(divide(uint32(H), uint32(G)))
         box = min(k_cache.shape[1], KEYS)
@@ -4642,8 +4755,8 @@ def make_attend_stages(D, N):
         while item < items:
             this, ahead = uint32(turn), uint32(turn + 2)
             b, j, g = shuffle(all_b, this), shuffle(all_j, this), shuffle(all_g, this)
-            k, end = int64(shuffle(all_keys, this)), int64(shuffle(all_ends, this))
-            S = int64(shuffle(all_S, this))
+            k, end = shuffle(all_keys, this), shuffle(all_ends, this)
+            S = shuffle(all_S, this)
             only = end - k == S
             new = group + (turn & 1) * group_words
             load_queries(q, ring, new, R)
@@ -4651,31 +4764,34 @@ def make_attend_stages(D, N):
                 fetch_group(sums, fetched, CONSUMERS - 1 - tid, int64(shuffle(all_b, ahead)),
                             int64(shuffle(all_g, ahead)), int64(shuffle(all_S, ahead)) - 1, B, R, G,
                             parts, num_parts, cos, sin)
-            for half in range(2):
-                m[half], l[half] = NEG_INF, ZERO
+            for side in range(2):
+                m[side], l[side] = NEG_INF, ZERO
             for i in range(OUTS):
                 acc[i] = ZERO
-            tile = 0
+            used = uint32(0)               # stages of this item so far
             while k < end:
-                await_barrier(barriers, stage, parity)
-                own = (warp - tile) & (DECODE_WARPS - 1)       # this warp's tile of the stage
-                tile_key, at = k + own * 16, first + stage * STAGE_WORDS
-                if own < TILES and tile_key < end:
-                    newest = tile_key + 16 >= S                # the tile with this step's token
-                    if newest:
-                        patch_tile(ring, at, own * 16 + S - 1 - tile_key, box,
+                tile_key, here = uint32(k + own * TILE), used % TURNS == own_turn
+                # subtle: a stage that this warp has no use for it need not see filled, for all are
+                # done with the items before; but if the item comes round to it again, each filling,
+                # or it would take this one for the next
+                if here or used >= stages or k + stages * KEYS < end:
+                    await_barrier(barriers, stage, parity)
+                if here and tile_key < end:
+                    at, newest = first + stage * STAGE_WORDS, tile_key + TILE >= S
+                    if newest:             # the tile with this step's token
+                        patch_tile(ring, at, own * TILE + int64(S - 1 - tile_key), box,
                                    new + R * (D // 2), keys)
-                    add_tile(acc, m, l, q, ring, at, own * 16, box, x, p, keys, values, R, tile_key,
-                             end, scale, out)
+                    add_tile(acc, m, l, q, ring, at, own * TILE, box, x, p, keys, values, R,
+                             int64(tile_key), int64(end), scale, out)
                     if newest:
                         fence_shared()     # before the copy engine fills this place again
-                meet_warp()                # else a stage is given back that a lane still reads
+                    meet_warp()            # else a stage is given back that a lane still reads
                 if lane == 0:
                     barrier_arrive(barriers, EMPTY + stage)
                 stage, parity = next_stage(stage, parity, stages)
-                k += KEYS
-                tile += TILES
-            meet(1, CONSUMERS)             # else sums of the item before are overwritten
+                k, used = uint32(k + KEYS), uint32(used + 1)
+            # else sums are overwritten that another warp still joins
+            await_barrier(barriers, JOINED, joined_parity)
             store_sums(sums, acc, m, l, R, scale)
             meet(1, CONSUMERS)             # else a warp's sums are read before they are written
             if N == DECODE_TOKENS[0] and items == G:
@@ -4684,6 +4800,10 @@ def make_attend_stages(D, N):
                 mail_split(mail, o_mail, stamp, sums, int64(j), int64(g), H, R)
             else:
                 join_warps(out, partial, sums, int64(b), int64(g), int64(j), R, only)
+            meet_warp()
+            if lane == 0:
+                barrier_arrive(barriers, JOINED)
+            joined_parity = uint32(joined_parity ^ uint32(1))
             if item + 2 * stride < items:
                 rotate_group(ring, new, sums, fetched, CONSUMERS - 1 - tid,
                              int64(shuffle(all_b, ahead)), int64(shuffle(all_g, ahead)),
@@ -4695,7 +4815,7 @@ def make_attend_stages(D, N):
                 turn = 0
                 all_b, all_keys, all_ends, all_S, all_j, all_g, all_slots = look_up(
                     item + lane * stride, G, seq_lens, splits, slots)
-        return item - items, stage, parity
+        return item - items, stage, parity, joined_parity
     return attend_stages
 
 
@@ -4720,32 +4840,61 @@ def make_forward_decode(D, N):
     wgmma_wait, COLUMNS = WGMMA[columns_of(N)].wait, columns_of(N)
     KEYS, ACCUMULATORS = keys_of_stage(D), COLUMNS // 2
     X_STEPS, X_STAGE_WORDS = x_steps_of(N), x_stage_words_of(N)
-    NORM_TERMS = MAX_PARTS * 8
+    NORM_TERMS, PAIR_TERMS = MAX_PARTS * 8, MAX_PARTS * 2
     SLOW = 1 if N <= MAIL_TOKENS else 2    # more tokens take longer with a stage
 
     @cuda.jit(device=True)
-    def norm_tokens(shared_words, h, x, parts, num_parts, place, embed, tokens, norms, n, eps,
-                    alone):
+    def added(word, delta, like):
+        """Two elements plus what a matmul adds to them. Subtle: its sums are elements already, for
+        in every rung they are rounded before they are added."""
+        return pack(low_element(word, like) + low_element(delta, like),
+                    high_element(word, like) + high_element(delta, like), like)
+
+    @cuda.jit(device=True)
+    def add_own(x, mail, letters, num_parts, x_mail, stamp, embed, token, first):
+        """The one token's residual stream: each thread block adds to some of its channels, two to a
+        thread, what the matmul before sent, and tells all. The first time they are embed[token]."""
+        terms = cuda.local.array(PAIR_TERMS, float32)
+        C = x.shape[1]
+        own = ceil_div_int(C // 2, cuda.gridDim.x)             # pairs of channels
+        for pair in range(cuda.blockIdx.x * own + thread_index(),
+                          min(cuda.blockIdx.x * own + own, C // 2), CONSUMERS):
+            word = load_word(x, 2 * pair)
+            if first:
+                word = load_word(embed, int64(token) * C + 2 * pair)
+            missing = True
+            while missing:
+                missing = False
+                for p in range(MAX_PARTS):
+                    if p < num_parts:
+                        low, sent, high, next_sent = receive_2(mail, letters + p * C + 2 * pair)
+                        terms[2 * p], terms[2 * p + 1] = float_of(low), float_of(high)
+                        missing |= sent != stamp or next_sent != stamp
+            for p in range(1, MAX_PARTS):
+                if p < num_parts:
+                    terms[0] += terms[2 * p]
+                    terms[1] += terms[2 * p + 1]
+            word = added(word, pack(terms[0], terms[1], x), x)
+            store_word(x, 2 * pair, word)
+            send(mail, x_mail + pair, word, stamp)
+
+    @cuda.jit(device=True)
+    def norm_tokens(shared_words, h, x, parts, num_parts, embed, tokens, norms, n, eps, alone, mail,
+                    x_mail, stamp):
         """x += the matmul that was left in parts, or x = the embedding; h = rmsnorm(x) * norms[n].
         A thread block takes every gridDim.x-th token, a thread 8 channels at once. shared_words
         holds the gains, C/2 words, then a token; each thread reads only what it wrote.
 
         A token that is alone all thread blocks norm, each for itself: that takes less time than to
-        hear of another's work. It stays in shared memory, and nobody needs h: x and h take turns as
-        the sum before and the sum after, for others may still read the one while the other is
-        written."""
+        hear of another's work. Its x comes by mail, see add_own, h stays in shared memory."""
         words = cuda.local.array(4, uint32)
         gains = cuda.local.array(4, uint32)
         terms = cuda.local.array(NORM_TERMS, float32)
-        (B, C), first_b, old, new = x.shape, cuda.blockIdx.x, x, x
-        if alone:
-            first_b = 0
-            if n & 1:
-                new = h
-            else:
-                old = h
-        else:
-            place = 0                      # a meeting lies between this sum and the next product
+        (B, C), first_b = x.shape, 0 if alone else cuda.blockIdx.x
+        if alone and n > 0:
+            if thread_index() % WARP == 0:
+                await_letter(mail, x_mail + min(thread_index() * 4, C // 2 - 1), stamp)
+            meet_warp()
         for b in range(first_b, B, cuda.gridDim.x):
             squares = ZERO
             for c in range(thread_index() * 8, C, CONSUMERS * 8):
@@ -4753,11 +4902,19 @@ def make_forward_decode(D, N):
                 store_shared(shared_words, c // 2, gains, 0)
                 if n == 0:
                     load_16_bytes(words, 0, embed, int64(load_word(tokens, b)) * C + c)
+                elif alone:
+                    missing = True
+                    while missing:
+                        missing = False
+                        for i in range(0, 4, 2):
+                            words[i], sent, words[i + 1], next_sent = receive_2(
+                                mail, x_mail + c // 2 + i)
+                            missing |= sent != stamp or next_sent != stamp
                 else:
-                    load_16_bytes(words, 0, old, b * C + c)
+                    load_16_bytes(words, 0, x, b * C + c)
                     for p in range(MAX_PARTS):
                         if p < num_parts:
-                            at = place + (p * B + b) * C + c
+                            at = (p * B + b) * C + c
                             load_4_floats(terms, p * 8, parts, at)
                             load_4_floats(terms, p * 8 + 4, parts, at + 4)
                     for p in range(1, MAX_PARTS):
@@ -4765,15 +4922,12 @@ def make_forward_decode(D, N):
                             for i in range(8):
                                 terms[i] += terms[p * 8 + i]
                     for i in range(4):
-                        # subtle: the product is an element before it is added, as in every rung
-                        delta = pack(terms[2 * i], terms[2 * i + 1], x)
-                        words[i] = pack(low_element(words[i], x) + low_element(delta, x),
-                                        high_element(words[i], x) + high_element(delta, x), x)
+                        words[i] = added(words[i], pack(terms[2 * i], terms[2 * i + 1], x), x)
                 for i in range(4):
                     low, high = low_element(words[i], x), high_element(words[i], x)
                     squares += multiply_add(high, high, low * low)
-                if cuda.blockIdx.x == 0 or not alone:
-                    store_16_bytes(new, b * C + c, words, 0)
+                if not alone:
+                    store_16_bytes(x, b * C + c, words, 0)
                 store_shared(shared_words, (C + c) // 2, words, 0)
             scale = inverse_sqrt(block_sum(squares, CONSUMERS) / float32(C) + eps)
             for c in range(thread_index() * 8, C, CONSUMERS * 8):
@@ -4799,8 +4953,7 @@ def make_forward_decode(D, N):
             await_letter(mail, letter, stamp)
         meet_warp()
         while missing:
-            m_word, sent = receive(mail, letter)
-            l_word, next_sent = receive(mail, letter + 1)
+            m_word, sent, l_word, next_sent = receive_2(mail, letter)
             missing = sent != stamp or next_sent != stamp
         meet_warp()                        # else a lane is asked for what it does not know yet
         m = warp_max(float_of(m_word))
@@ -4813,8 +4966,7 @@ def make_forward_decode(D, N):
                 missing = False
                 for n in range(MERGED):
                     letter = o_mail + (min(some + n, count - 1) * H + head) * (D + 2) + 2 * pair
-                    word, sent = receive(mail, letter)
-                    next_word, next_sent = receive(mail, letter + 1)
+                    word, sent, next_word, next_sent = receive_2(mail, letter)
                     terms[2 * n], terms[2 * n + 1] = float_of(word), float_of(next_word)
                     missing |= sent != stamp or next_sent != stamp
             meet_warp()
@@ -4843,8 +4995,9 @@ def make_forward_decode(D, N):
     def store_tile(acc, first_token, kind, tile, part, num_rows, B, parts, act, logits,
                    by_mail, place, mail, stamp):
         """Sums of a tile to where the next operation reads them: parts, act and logits are flat, of
-        shapes (parts, B, num_rows), (B, num_rows / 2) and (B, num_rows); or by mail, as parts. A
-        thread holds two rows that are 8 apart, in a tile of gate and up rows a gate and its up."""
+        shapes (parts, B, num_rows), (B, num_rows / 2) and (B, num_rows); or, as parts, by mail. A
+        thread holds two neighbouring rows or, of a tile of gate and up rows, a gate and its up: see
+        decode_tables."""
         lane, warp, b = thread_index() % WARP, thread_index() // WARP, first_token
         if kind == GATE_UP:
             # lanes 4 apart hold neighbouring channels: one of them takes both for one token, the
@@ -4866,29 +5019,53 @@ def make_forward_decode(D, N):
                 b += 8
                 at += stride
         else:
-            row = tile * TILE_ROWS + warp * 16 + lane // 4
+            row = tile * TILE_ROWS + warp * 16 + lane // 4 * 2
             b += lane % 4 * 2
             out, at, stride = parts, (part * B + b) * num_rows + row, 8 * num_rows
             if kind == LM_HEAD:
                 out = logits
-            elif B == 1 and not by_mail:
-                at += place
             for n in range(ACCUMULATORS // 4):
                 for i in range(2):
                     here = at + i * num_rows
                     if b + i < B and row < num_rows and by_mail:
-                        send(mail, here, float_bits(acc[n * 4 + i]), stamp)
-                        send(mail, here + 8, float_bits(acc[n * 4 + 2 + i]), stamp)
+                        send_2(mail, place + here, float_bits(acc[n * 4 + i]),
+                               float_bits(acc[n * 4 + 2 + i]), stamp)
                     elif b + i < B and row < num_rows:
-                        store_float(out, here, acc[n * 4 + i])
-                        store_float(out, here + 8, acc[n * 4 + 2 + i])
+                        store_2_floats(out, here, acc[n * 4 + i], acc[n * 4 + 2 + i])
                 b += 8
                 at += stride
 
     @cuda.jit(device=True)
+    def store_largest(acc, first_token, tile, num_rows, B, largest, largest_at):
+        """Of a tile of logits what greedy sampling asks for, in flat arrays of (B, num_rows/CHUNK):
+        neither time nor memory for the others."""
+        lane, b = thread_index() % WARP, first_token + thread_index() % 4 * 2
+        first_row = tile * TILE_ROWS + thread_index() // WARP * CHUNK
+        row = uint32(first_row + lane // 4 * 2)                # the first of this thread's two
+        for n in range(ACCUMULATORS // 4):
+            for i in range(2):
+                # NaN compares false
+                value = acc[n * 4 + i] if acc[n * 4 + i] < INF else INF
+                next_value = acc[n * 4 + 2 + i] if acc[n * 4 + 2 + i] < INF else INF
+                at = row
+                if next_value > value:
+                    value, at = next_value, uint32(row + 1)
+                for bit in range(2, 5):                        # lanes 4, 8 and 16 apart
+                    other = shuffle_xor(value, 1 << bit)
+                    other_at = float_bits(shuffle_xor(float_of(at), 1 << bit))
+                    if larger(value, at, other, other_at):
+                        value, at = other, other_at
+                if lane < 4 and b + i < B and first_row < num_rows:
+                    chunk = (b + i) * (num_rows // CHUNK) + first_row // CHUNK
+                    store_float(largest, chunk, value)
+                    store_word(largest_at, chunk, at)
+            b += 8
+
+    @cuda.jit(device=True)
     def consume(ring, sums, first, stages, num_x_stages, barriers, plan, pace, acc, acc_far,
-                flat_logits, x, h, o, flat_act, kv_cache, parts, partial, mail, o_mail, arrivals,
-                tokens, slots, seq_lens, splits, cos, sin, embed, norms, eps):
+                flat_logits, largest, largest_at, x, h, o, flat_act, kv_cache, parts, partial, mail,
+                o_mail, arrivals, tokens, slots, seq_lens, splits, cos, sin, embed, norms, eps,
+                greedy):
         """What the consumers do: all operations, between meetings of all thread blocks."""
         tid = thread_index()
         lane, warp = tid % WARP, tid // WARP
@@ -4896,6 +5073,7 @@ def make_forward_decode(D, N):
         a_rows = first + warp // 4 * 64 * 32               # of this warpgroup, in stage 0
         first_x_stage, used_stage, used_x_stage = first + stages * STAGE_WORDS, 0, 0
         item, stage, parity, x_stage, x_parity = cuda.blockIdx.x, 0, uint32(0), 0, uint32(0)
+        joined_parity = uint32(1)          # before its first phase ends, that of parity 1 has ended
         num_splits = int64(load_word(splits, B))
         items = num_splits * G                                 # of attention
         # one of them for a thread block at most, which then gets queries, key and value by mail. N:
@@ -4907,9 +5085,9 @@ def make_forward_decode(D, N):
             kind, layer = kind_of(matrix, num_matrices), matrix >> 2
             meeting, stamp = layer * MEETINGS, stamp_of(launches, num_matrices, layer)
             if kind == O:
-                item, stage, parity = attend_stages(
-                    o, partial, sums, ring, first, stage, stages, parity, barriers, item,
-                    kv_cache[0, layer], kv_cache[1, layer], parts, plan[QKV, PARTS], mail,
+                item, stage, parity, joined_parity = attend_stages(
+                    o, partial, sums, ring, first, stage, stages, parity, joined_parity, barriers,
+                    item, kv_cache[0, layer], kv_cache[1, layer], parts, plan[QKV, PARTS], mail,
                     qkv_mailed, stamp, o_mail, arrivals, meeting + QKV_MADE, cos, sin, slots,
                     seq_lens, items, splits)
                 if num_splits > B:         # some context has several splits
@@ -4934,17 +5112,23 @@ def make_forward_decode(D, N):
                 normed, before, made = meeting + NORMED, DOWN, meeting + QKV_MADE
                 if kind == GATE_UP:
                     normed, before, made = meeting + NORMED_AGAIN, O, meeting + ACTIVATED
-                if matrix > 0:             # the meeting before is that of the product to be added
+                # matrices 0 and 2 of a layer have a norm before them
+                norm, told = (matrix + 1) >> 1, stamp_of(launches, num_matrices, (matrix - 1) >> 2)
+                x_mail = mail.shape[0] - x.shape[1] // 2 * (1 + (norm & 1))
+                if matrix > 0 and alone:
+                    add_own(x, mail, plan[before, PLACE], plan[before, PARTS], x_mail, told, embed,
+                            load_word(tokens, 0), norm == 1)
+                    meet(1, CONSUMERS)     # else sums are overwritten that another warp still joins
+                elif matrix > 0:           # the meeting before is that of the product to be added
                     gather(arrivals, normed - 1)
-                # in the words of the sums, which nobody needs now; matrices 0 and 2 of a layer
-                # have a norm before them
-                norm_tokens(ring, h, x, parts, plan[before, PARTS], plan[before, PLACE], embed,
-                            tokens, norms, (matrix + 1) >> 1, eps, alone)
+                # in the words of the sums, which nobody needs now
+                norm_tokens(ring, h, x, parts, plan[before, PARTS], embed, tokens, norms, norm, eps,
+                            alone, mail, x_mail, told)
                 if alone:
                     meet(2, CONSUMERS + WARP)                  # with who copies it to the ring
                 else:
                     arrive(arrivals, normed)
-            by_mail = qkv_mailed and kind == QKV
+            by_mail = qkv_mailed if kind == QKV else alone and (kind == O or kind == DOWN)
             steps = plan[kind, STEPS]
             if tid == 0:
                 # these go through more stages than the ring holds; before the others it has filled
@@ -4976,11 +5160,17 @@ def make_forward_decode(D, N):
                     barrier_arrive(barriers, EMPTY + used_stage)
                     barrier_arrive(barriers, X_EMPTY + used_x_stage)
                 tile, part = tile_and_part(item, plan[kind, ROW_TILES])
-                store_tile(acc, 0, kind, tile, part, plan[kind, ROWS], B, parts, flat_act,
-                           flat_logits, by_mail, plan[kind, PLACE], mail, stamp)
-                if N > COLUMNS:
-                    store_tile(acc_far, COLUMNS, kind, tile, part, plan[kind, ROWS], B, parts,
-                               flat_act, flat_logits, by_mail, plan[kind, PLACE], mail, stamp)
+                if kind == LM_HEAD and greedy:
+                    store_largest(acc, 0, tile, plan[kind, ROWS], B, largest, largest_at)
+                    if N > COLUMNS:
+                        store_largest(acc_far, COLUMNS, tile, plan[kind, ROWS], B, largest,
+                                      largest_at)
+                else:
+                    store_tile(acc, 0, kind, tile, part, plan[kind, ROWS], B, parts, flat_act,
+                               flat_logits, by_mail, plan[kind, PLACE], mail, stamp)
+                    if N > COLUMNS:
+                        store_tile(acc_far, COLUMNS, kind, tile, part, plan[kind, ROWS], B, parts,
+                                   flat_act, flat_logits, by_mail, plan[kind, PLACE], mail, stamp)
                 item += cuda.gridDim.x
             item -= plan[kind, ITEMS]
             if tid == 0 and kind == DOWN:
@@ -4989,17 +5179,17 @@ def make_forward_decode(D, N):
                 arrive(arrivals, made)
 
     @cuda.jit(cache=True, **THREE_WARPGROUPS)
-    def forward_decode_kernel(flat_logits, x, h, o, flat_act, kv_cache, parts, partial, mail,
-                              arrivals, tokens, slots, rows, seq_lens, splits, block_tables, cos,
-                              sin, embed, norms, whole_plan, maps, stages, num_x_stages, sum_words,
-                              eps):
+    def forward_decode_kernel(flat_logits, largest, largest_at, x, h, o, flat_act, kv_cache, parts,
+                              partial, mail, arrivals, tokens, slots, rows, seq_lens, splits,
+                              block_tables, cos, sin, embed, norms, whole_plan, maps, stages,
+                              num_x_stages, sum_words, eps, greedy):
         """logits of one token for each request: embedding, all layers, norm and lm_head
 
-        flat_logits      (B*V,)               f32        written
+        flat_logits      (B*V,)               f32        written, unless greedy
+        largest, largest_at (B*V/CHUNK,)      f32 i32    written if greedy: of each CHUNK of logits
         x                (B, C)               f16 bf16   written: residual stream
-        h, o, flat_act   (B, C), (B, H, D), (B*F,)   as x   workspace: normed tokens (of one
-                                                         token x and h in turns), attention,
-                                                         activations
+        h, o, flat_act   (B, C), (B, H, D), (B*F,)   as x   workspace: normed tokens (of more than
+                                                         one), attention, activations
         kv_cache   (2, L, blocks, P, G, D)    as x       a slot for each token written, context read
         parts            (parts_size,)        f32        workspace: parts of a matmul's sums
         partial          (J, H, D+2)          f32        workspace of contexts of several splits
@@ -5027,7 +5217,6 @@ def make_forward_decode(D, N):
         pace = cuda.shared.array(1, uint32)        # of the weights: consumers set it
         acc = cuda.local.array(ACCUMULATORS, float32)
         acc_far = cuda.local.array(ACCUMULATORS, float32)  # of tokens from COLUMNS on
-        o_mail = mail.shape[0] - MAIL_SPLITS * o.shape[1] * (D + 2)
         tid, num_matrices = thread_index(), kv_cache.shape[1] * 4 + 1
         first = first_of_ring(ring, sum_words)
         if tid == 0:
@@ -5037,18 +5226,21 @@ def make_forward_decode(D, N):
             for x_stage in range(num_x_stages):
                 barrier_init(barriers, X_FULL + x_stage, uint32(1))
                 barrier_init(barriers, X_EMPTY + x_stage, uint32(DECODE_WARPS))
+            barrier_init(barriers, JOINED, uint32(DECODE_WARPS))
             barriers_ready()
             pace[0] = FAST
         if tid < 30:
             plan[tid // 6, tid % 6] = whole_plan[tid // 6, tid % 6]
         cuda.syncthreads()                 # else a thread uses a barrier that is not there yet
+        o_mail = int64(plan[O, PLACE]) - MAIL_SPLITS * o.shape[1] * (D + 2)
         start_next_kernel()
         if tid < CONSUMERS:
             many_registers()
             wait_for_inputs()
-            consume(ring, sums, first, stages, num_x_stages, barriers, plan, pace, acc, acc_far,
-                    flat_logits, x, h, o, flat_act, kv_cache, parts, partial, mail, o_mail,
-                    arrivals, tokens, slots, seq_lens, splits, cos, sin, embed, norms, eps)
+            consume(settle(ring), settle(sums), first, stages, num_x_stages, settle(barriers), plan,
+                    pace, acc, acc_far, flat_logits, largest, largest_at, x, h, o, flat_act,
+                    kv_cache, parts, partial, mail, o_mail, arrivals, tokens, slots, seq_lens,
+                    splits, cos, sin, embed, norms, eps, greedy)
             # who leaves last, when nobody can be waiting any more, sets all counts back
             last = arrivals.shape[0] - 2
             if tid == 0 and add_acquire(arrivals, last, uint32(1)) == uint32(cuda.gridDim.x - 1):
@@ -5083,13 +5275,13 @@ def decode_tables(h, o, act, kv_cache, matrices, shape, N):
         H, G, D, C, F, V, L = shape
         size, at, maps = layer_size(H, G, D, C, F), 0, []
         for kind, (rows, K) in enumerate(shapes_of_layer(H, G, D, C, F)):
-            # 8 rows, then the 8 after them or, of a gate, its up; then the next
-            far, next_ = (F * K, 8 * K) if kind == GATE_UP else (8 * K, 16 * K)
+            # 8 rows, every second one, and then those between them; or 8 gates, and then their ups
+            near, far, next_ = (K, F * K, 8 * K) if kind == GATE_UP else (2 * K, K, 16 * K)
             maps.append(tensor_map(matrices[at:], (K, 8, 2, rows // 16, L),
-                                   (1, K, far, next_, size), (64, 8, 2, TILE_ROWS // 16, 1)))
+                                   (1, near, far, next_, size), (64, 8, 2, TILE_ROWS // 16, 1)))
             at += rows * K
         maps.append(tensor_map(matrices[L * size:], (C, 8, 2, V // 16, 1),
-                               (1, C, 8 * C, 16 * C, V * C), (64, 8, 2, TILE_ROWS // 16, 1)))
+                               (1, 2 * C, C, 16 * C, V * C), (64, 8, 2, TILE_ROWS // 16, 1)))
         maps += [tensor_map(array, (64, len(array), K // 64), (1, K, 64), (64, N, x_steps_of(N)))
                  for array, K in ((h, C), (o, H * D), (act, F))]
         P, slots = kv_cache.shape[3], kv_cache.shape[2] * kv_cache.shape[3]
@@ -5101,20 +5293,21 @@ def decode_tables(h, o, act, kv_cache, matrices, shape, N):
     return DECODE_TABLES[key]
 
 
-def forward_decode(logits, x, h, o, act, kv_cache, parts, partial, mail, arrivals, tokens, slots,
-                   rows, seq_lens, splits, block_tables, cos, sin, embed, norms, matrices, eps,
-                   stream=0):
+def forward_decode(logits, largest, largest_at, x, h, o, act, kv_cache, parts, partial, mail,
+                   arrivals, tokens, slots, rows, seq_lens, splits, block_tables, cos, sin, embed,
+                   norms, matrices, eps, greedy, stream=0):
     (B, V), C, (H, D), F = logits.shape, x.shape[1], o.shape[1:], act.shape[1]
     _, L, _, P, G, _ = kv_cache.shape
     problem = fits_persistent(H, G, D, C, F, V, P)
     assert problem is None, problem
     assert B <= MAX_DECODE_TOKENS, f"{B} tokens, expected at most {MAX_DECODE_TOKENS}"
+    assert largest.shape == largest_at.shape == (B, V // CHUNK), largest.shape
     assert x.shape == h.shape == (B, C) and o.shape[0] == act.shape[0] == B, (x.shape, act.shape)
     assert len(kv_cache) == 2, kv_cache.shape
     assert norms.shape == (2 * L + 1, C), norms.shape
     assert embed.shape == (V, C) and len(matrices) == L * layer_size(H, G, D, C, F) + V * C
     assert parts.size >= parts_size(B, H, G, D, C, F) and partial.shape[1:] == (H, D + 2)
-    assert len(mail) == mail_size(H, G, D, C), mail.shape
+    assert len(mail) == mail_size(H, G, D, C, F), mail.shape
     assert len(arrivals) == MEETINGS * L + 3, (arrivals.shape, L)
     N = min(N for N in DECODE_TOKENS if N >= B)
     plan, maps = decode_tables(h, o, act, kv_cache, matrices, (H, G, D, C, F, V, L), N)
@@ -5126,10 +5319,10 @@ def forward_decode(logits, x, h, o, act, kv_cache, parts, partial, mail, arrival
     assert stages >= FAST, stages
     threads = CONSUMERS + (2 if SIMULATOR else 4) * WARP       # a warpgroup has no half
     launch(FORWARD_DECODE[D, N], num_multiprocessors(), threads, stream, PERSISTENT_SHARED,
-           logits.reshape(B * V), x, h, o, act.reshape(B * F), kv_cache, parts, partial, mail,
-           arrivals, tokens, slots, rows, seq_lens, splits, block_tables, cos, sin, embed, norms,
-           plan, maps, np.int32(stages), np.int32(num_x_stages), np.int32(sum_words),
-           np.float32(eps))
+           logits.reshape(B * V), largest.reshape(-1), largest_at.reshape(-1), x, h, o,
+           act.reshape(B * F), kv_cache, parts, partial, mail, arrivals, tokens, slots, rows,
+           seq_lens, splits, block_tables, cos, sin, embed, norms, plan, maps, np.int32(stages),
+           np.int32(num_x_stages), np.int32(sum_words), np.float32(eps), np.int32(greedy))
 
 
 def sum_words_of(H, G, D, C):
@@ -5273,17 +5466,18 @@ def settings_example(rng, B, V):
     return rng.permutation(B).astype(np.int32), settings, bias, seen
 
 
-def edit_logits_example(rng, elements, B, V):
+def edit_logits_example(rng, elements, B, V, chunks=MAX_CHUNKS):
     rows, settings, bias, seen = settings_example(rng, B, V)
     logits = lively(rng, B, V) / np.float32(4)
+    logits[0, V // 3::V // 3 + 1] = logits[0].max() + 1    # of equal ones the first is the largest
     if B > 2:
         logits[1, V // 2] = np.nan                     # refused, whatever the request asks for
-    return [unwritten(B, V), unwritten(B, MAX_CHUNKS), np.full((B, MAX_CHUNKS), -1, np.int32),
-            logits, rows, settings, bias, seen]
+    return [unwritten(B, V), unwritten(B, chunks), np.full((B, chunks), -1, np.int32), logits,
+            rows, settings, bias, seen]
 
 
-def sample_tokens_example(rng, elements, B, V):
-    example = edit_logits_example(rng, elements, B, V)
+def sample_tokens_example(rng, elements, B, V, chunks=MAX_CHUNKS):
+    example = edit_logits_example(rng, elements, B, V, chunks)
     edit_logits_ref(*example)
     scores, chunk_max, chunk_argmax, logits, rows, settings, _, seen = example
     state = np.zeros((B + 1, 2), np.int32)
@@ -5305,7 +5499,7 @@ def begin_decode_example(rng, elements, B, P):
     return [*outputs, splits, inputs, state, tables, P, G, split]
 
 
-def forward_decode_example(rng, elements, L, H, G, D, C, F, V, P, contexts):
+def forward_decode_example(rng, elements, L, H, G, D, C, F, V, P, contexts, greedy=False):
     """Weights are small, as trained ones are, and one matrix is different from the next."""
     B = len(contexts)
     _, _, k_cache, v_cache, tables, rows, _, seq_lens, splits, partial = attention_example(
@@ -5320,16 +5514,17 @@ def forward_decode_example(rng, elements, L, H, G, D, C, F, V, P, contexts):
     angles = rng.uniform(0, 7, (max(contexts), D // 2)).astype(np.float32)
     matrices = lively(rng, L * layer_size(H, G, D, C, F) + V * C) / np.float32(40 * math.sqrt(C))
     # this is the eighth step; the letters that are there, NaN, are of the first and the seventh
-    arrivals, letters = np.zeros(MEETINGS * L + 3, np.uint32), mail_size(H, G, D, C)
+    arrivals, letters = np.zeros(MEETINGS * L + 3, np.uint32), mail_size(H, G, D, C, F)
     arrivals[-1] = 7
     stamps = rng.choice([0, 6], letters) * (4 * L + 1) + rng.integers(1, L + 2, letters)
     mail = stamps.astype(np.uint64) << np.uint64(32) | np.uint64(0x7fff7fff)
-    return [unwritten(B, V), elements(unwritten(B, C)), elements(unwritten(B, C)),
-            elements(unwritten(B, H, D)), elements(unwritten(B, F)), elements(caches),
-            unwritten(parts_size(B, H, G, D, C, F)), partial, mail, arrivals,
-            rng.integers(0, V, B).astype(np.int32), slots.astype(np.int32), rows,
-            seq_lens, splits, tables, np.cos(angles), np.sin(angles), elements(lively(rng, V, C)),
-            elements(lively(rng, 2 * L + 1, C)), elements(matrices), 1e-5]
+    return [unwritten(B, V), unwritten(B, V // CHUNK), np.full((B, V // CHUNK), -1, np.int32),
+            elements(unwritten(B, C)), elements(unwritten(B, C)), elements(unwritten(B, H, D)),
+            elements(unwritten(B, F)), elements(caches), unwritten(parts_size(B, H, G, D, C, F)),
+            partial, mail, arrivals, rng.integers(0, V, B).astype(np.int32), slots.astype(np.int32),
+            rows, seq_lens, splits, tables, np.cos(angles), np.sin(angles),
+            elements(lively(rng, V, C)), elements(lively(rng, 2 * L + 1, C)), elements(matrices),
+            1e-5, greedy]
 
 
 def late_by_one(out, qkv, k_cache, v_cache, tables, rows, starts, seq_lens, *workspace):
@@ -5378,7 +5573,7 @@ def forgets_new_blocks(tokens, positions, slots, seq_lens, splits, inputs, *rest
 def early_step(*arguments):
     """Every token rotated as at the position before."""
     arguments = list(arguments)
-    arguments[16:18] = [np.roll(table, 1, axis=0) for table in arguments[16:18]]
+    arguments[18:20] = [np.roll(table, 1, axis=0) for table in arguments[18:20]]
     forward_decode_ref(*arguments)
 
 
@@ -5440,7 +5635,9 @@ MANY_TOKENS = () if SIMULATOR else (
     # splits that are longer, of one token by mail and not
     dict(L=2, contexts=(17000,), **ONE_STEP, **WIDE),
     dict(L=2, contexts=(9000,), **ONE_STEP, **WIDE | dict(G=8)),
-    dict(L=1, contexts=(9000, 500, 3, 700), **ONE_STEP, **WIDE | dict(G=8)))
+    dict(L=1, contexts=(9000, 500, 3, 700), **ONE_STEP, **WIDE | dict(G=8)),
+    # items of 16 stages, of which the largest kernel has room for fewer
+    dict(L=1, contexts=(600,) * 200, **ONE_STEP | dict(D=128), **WIDE))
 # more items than lanes, for the simulator's one thread block; blocks of more tokens than a stage
 MANY_ITEMS = dict(L=1, contexts=(3, 1, 2, 9, 4, 5, 6), D=64, V=64, P=64, H=5, G=5, C=64, F=64)
 # splits that begin inside a block
@@ -5520,14 +5717,16 @@ KERNELS = (
     kernel_row("edit_logits", edit_logits_ref, edit_logits, edit_logits_example,
                (dict(B=1, V=1), dict(B=5, V=131)), "4*B*V", "B*V", no_bias, types=("float32",)),
     kernel_row("sample_tokens", sample_tokens_ref, sample_tokens, sample_tokens_example,
-               (dict(B=1, V=1), dict(B=5, V=131)), "4*B*V", "40*B*V", same_seed_for_all,
+               (dict(B=1, V=1), dict(B=5, V=131),
+                dict(B=2, V=640, chunks=80) if SIMULATOR else dict(B=2, V=24000, chunks=3000)),
+               "4*B*V", "40*B*V", same_seed_for_all,
                types=("float32",)),
     kernel_row("begin_decode", begin_decode_ref, begin_decode, begin_decode_example,
                (dict(B=1, P=1), dict(B=40, P=4)), "40*B + 4*J", "0", forgets_new_blocks,
                types=("float32",)),
     kernel_row("forward_decode", forward_decode_ref, forward_decode, forward_decode_example,
                STEPS_OF_DECODE, "E*W + 2*L*B*S*G*D*E", "2*B*W + 4*L*B*H*S*D", early_step,
-               workspace=(2, 3, 4, 6, 7, 8), roundings=8, **HOPPER),
+               workspace=(4, 5, 6, 8, 9, 10), roundings=8, **HOPPER),
 )
 
 

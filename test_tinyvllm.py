@@ -476,6 +476,71 @@ def test_kernel_equals_its_twin(case):
     assert not differences_from_twin(row, row.launcher, dims, dtype)
 
 
+@pytest.mark.parametrize("dims", kernels.STEPS_OF_DECODE[::1 if HAS_GPU else 3],
+                         ids=lambda dims: f"{len(dims['contexts'])} x {max(dims['contexts'])}")
+def test_a_greedy_step_leaves_the_largest_of_the_same_logits(dims):
+    row = next(row for row in kernels.KERNELS if row.name == "forward_decode")
+    if not runs_here(row):
+        pytest.skip("this GPU has no such kernel")
+    left = []
+    for greedy in (False, True):
+        arguments = row.example(np.random.default_rng(0), to_elements("bfloat16"), greedy=greedy,
+                                **dims)
+        lm_head = arguments[-3][-dims["V"] * dims["C"]:].reshape(dims["V"], dims["C"])
+        lm_head[1:kernels.CHUNK] = lm_head[0]                  # of equal ones the first is right
+        lm_head[-1, -1] = 0x7FC0                               # NaN
+        on_device = [cuda.to_device(a) if isinstance(a, np.ndarray) else a for a in arguments]
+        kernels.forward_decode(*on_device)
+        left.append([a.copy_to_host() for a in on_device[:3]])
+    (logits, *untouched), (unwritten, largest, largest_at) = left
+    assert np.isnan(untouched[0]).all() and (untouched[1] == -1).all() and np.isnan(unwritten).all()
+    chunks = logits.reshape(len(logits), -1, kernels.CHUNK)
+    first = np.arange(chunks.shape[1]) * kernels.CHUNK
+    assert (largest[:, -1] == np.inf).all()                    # which sampling refuses
+    np.testing.assert_array_equal(largest[:, :-1], chunks.max(axis=2)[:, :-1])
+    np.testing.assert_array_equal(largest_at[:, :-1], (chunks.argmax(axis=2) + first)[:, :-1])
+    assert (largest_at[:, 0] == 0).all()
+    twins = twin_of(row, row.twin, arguments)[1]
+    np.testing.assert_allclose(largest, twins, rtol=0, atol=0.05 * np.abs(logits[:, :-1]).max())
+
+
+@pytest.mark.skipif(HAS_GPU, reason="on a GPU rings and contexts are as long as they are")
+def test_an_item_that_comes_round_to_a_stage_again_waits_for_both_fillings(monkeypatch):
+    """Eight stages of one context in a ring of three, the first of which is late."""
+    copy_box, row = kernels.copy_box, next(r for r in kernels.KERNELS if r.name == "forward_decode")
+    copied = []
+
+    def slow_copy_box(target, i, maps, m, *rest):
+        if m // 16 == kernels.KV_MAP and not copied:
+            time.sleep(2)                  # until the consumers wait for it
+        copied.extend([m] * (m // 16 == kernels.KV_MAP))
+        copy_box(target, i, maps, m, *rest)
+    monkeypatch.setattr(kernels, "copy_box", slow_copy_box)
+    monkeypatch.setattr(kernels, "SPLIT", 256)
+    x_words = kernels.x_stage_words_of(8)
+    monkeypatch.setattr(kernels, "PERSISTENT_SHARED", 4 * (
+        kernels.sum_words_of(2, 1, 64, 64) + 256 + 3 * kernels.STAGE_WORDS
+        + min(kernels.MAX_X_STAGES, max(3, kernels.X_WORDS // x_words)) * x_words))
+    arguments = row.example(np.random.default_rng(0), to_elements("bfloat16"), L=1, D=64, V=64,
+                            P=256, C=64, F=64, contexts=(250,), H=2, G=1)
+    assert len(arguments[16]) > 3                              # of several splits we make one
+    arguments[16] = kernels.lay_out_splits([250], 1, 256)
+    on_device = [cuda.to_device(a) if isinstance(a, np.ndarray) else a for a in arguments]
+    kernels.forward_decode(*on_device)
+    assert len(copied) == 8
+    ours = [widened(a.copy_to_host()) if isinstance(b, np.ndarray) else a
+            for a, b in zip(on_device, arguments)]
+    assert not differences(row, "bfloat16", arguments, ours, twin_of(row, row.twin, arguments))
+
+
+@pytest.mark.parametrize("more", [
+    dict(temperature=0.5), dict(logit_bias={1: 1.0}), dict(logprobs=0), dict(min_tokens=1),
+    dict(repetition_penalty=1.1), dict(presence_penalty=0.1), dict(frequency_penalty=0.1)], ids=str)
+def test_who_wants_more_than_the_largest_logit(more):
+    assert SamplingParams(temperature=0).takes_largest
+    assert not SamplingParams(**dict(temperature=0) | more).takes_largest
+
+
 @pytest.mark.skipif(HAS_GPU, reason="of the simulator")
 def test_the_threads_of_the_simulator_share_one_array_even_if_making_it_takes_long(monkeypatch):
     from numba.cuda.simulator import kernelapi
@@ -622,7 +687,7 @@ INSTRUCTIONS = {
     "attention tiled": (*TENSOR_CORES, "ldmatrix.sync", ".trans", "cp.async", "ex2.approx"),
     "forward_decode": ("wgmma.mma_async.sync.aligned.m64n16k16.f32.bf16.bf16", "setmaxnreg",
                        "cp.async.bulk.tensor.5d", "mbarrier.try_wait", "ld.acquire.gpu",
-                       "red.release.gpu", "st.relaxed.gpu.global.b64", "L2::evict_first",
+                       "red.release.gpu", "st.relaxed.gpu.global.v2.b64", "L2::evict_first",
                        "cp.async.ca.shared.global", "fma.rn.f32", "elect.sync", *TENSOR_CORES,
                        "ldmatrix.sync"),
     "paged decode": (*TENSOR_CORES, "ld.global.v4.u32", "shfl.sync.idx"),
@@ -711,7 +776,11 @@ def test_a_decode_step_as_one_kernel_gives_the_tokens_of_the_twins(tmp_path):
     options = dict(block_size=4, max_model_len=8, max_num_seqs=2)
     engine, twins = (Engine(tmp_path, device=device, **options) for device in (DEVICE, "cpu"))
     assert engine.rung == "persistent"
-    assert tokens_of(engine, ids, params) == tokens_of(twins, ids, params)
+    # a step of which nobody wants more than the largest logit, and one with company that does
+    for other in (params, SamplingParams(temperature=1, seed=3, max_tokens=2, ignore_eos=True)):
+        assert (engine.generate(ids, [params, other])[0]["token_ids"]
+                == twins.generate(ids, [params, other])[0]["token_ids"])
+    assert [greedy for kind, _, _, greedy in engine.views if kind == "decode"] == [True, False]
 
 
 def test_shapes_that_one_kernel_cannot_take_keep_the_kernels(small):
@@ -921,8 +990,12 @@ def test_on_the_gpu_the_company_changes_no_bit(tmp_path):
     assert engine.rung == "persistent"
     expected = [answers(engine, [ids])[0] for ids in prompts]
     crowd = [prompt_ids(7 + n, 128256, seed=1000 + n) for n in range(200 - len(prompts))]
+    plain = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
     for B in (12, 20, 80, 130, 200):
         assert answers(engine, (prompts + crowd)[:B])[:len(prompts)] == expected
+        # without log-probabilities only the largest logits are left
+        assert (tokens_of(engine, (prompts + crowd)[:B], plain)[:len(prompts)]
+                == [[token for token, _ in answer] for answer in expected])
     chunked = Engine(directory, **options, max_num_batched_tokens=100)
     assert answers(chunked, prompts) == expected
     assert answers(chunked, prompts) == expected   # now from the prefix cache
@@ -1694,6 +1767,15 @@ def test_a_long_prompt_delays_the_others_by_one_chunk_at_most(tiny):
         ("prefill", {"b": 4}),
         ("decode", {"a": 1, "b": 1}),
     ]
+
+
+def test_a_prefill_step_is_a_half_while_others_decode_unless_it_is_small(tiny, monkeypatch):
+    monkeypatch.setattr(tinyvllm, "SMALL_STEP", 6)
+    for tokens, beside in ((16, 8), (8, 6), (5, 5)):
+        engine = Engine(tiny, block_size=4, max_num_batched_tokens=tokens)
+        alone, a, step, *_ = timeline(engine, {0: [("a", tokens, 5)], 1: [("b", 20, 1)]})
+        assert [alone, a, step] == [("prefill", {"a": tokens}), ("decode", {"a": 1}),
+                                    ("prefill", {"b": beside})]
 
 
 def test_a_chunk_shrinks_with_its_context_while_others_decode(tiny, monkeypatch):

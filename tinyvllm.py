@@ -758,6 +758,16 @@ class SamplingParams:
     def penalizes(self) -> bool:
         return (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) != (1, 0, 0)
 
+    @property
+    def edits(self) -> bool:
+        """Whether logits are changed by more than the temperature."""
+        return bool(self.logit_bias) or self.min_tokens > 0 or self.penalizes
+
+    @property
+    def takes_largest(self) -> bool:
+        """Whether nothing but the largest raw logit matters."""
+        return self.greedy and not self.edits and self.logprobs is None
+
     def check_number(self, name, kind, low, high=math.inf, *, above=False, optional=False) -> None:
         value = getattr(self, name)
         if value is None and optional:
@@ -863,6 +873,7 @@ class Sequence:
     prefill_end: int = 0               # tokens to prefill; a preempted sequence's output included
     num_pending: int = 0                           # tokens sampled and not yet read
     row: int | None = None                         # its row of the engine's tables, while it runs
+    takes_largest: bool = False                    # as the settings in its row say
     block_table: list[int] = field(default_factory=list)
     block_hashes: list[bytes] = field(default_factory=list)    # of the full blocks of token_ids
     text: str = ""
@@ -962,7 +973,8 @@ class Batch:
 @dataclass
 class Step:
     """What the operations of a step read: views of the engine's fixed buffers, for T tokens of B
-    requests. T and B, padded, and the kind are its shape: steps of one shape share a graph."""
+    requests. T and B, padded, the kind and greedy are its shape: steps of one shape share a graph.
+    """
     kind: str                          # "prefill", "decode", or "chunk": prefill without sampling
     T: int
     B: int
@@ -976,10 +988,11 @@ class Step:
     query_starts: np.ndarray                       # (B+1,) int32
     packed: np.ndarray             # tokens to query_starts of a prefill step, as they lie in memory
     inputs: np.ndarray | None                      # (2, B) int32 of a decode step: begin_decode_ref
+    greedy: bool                       # of each request nothing but the largest logit is asked for
 
     @property
-    def shape(self) -> tuple[str, int, int]:
-        return self.kind, self.T, self.B
+    def shape(self) -> tuple[str, int, int, bool]:
+        return self.kind, self.T, self.B, self.greedy
 
 
 # -----------------------------------------------------------------------------
@@ -1460,8 +1473,10 @@ def pick_rung(rung: str, cfg: Config, dtype: str, device: str, block_size: int) 
 # has sampled. So a request that has ended may be in one more step, whose token is dropped.
 
 DEFAULT_CACHE_BYTES = 4 << 30            # on the CPU, or half of what is free, if that is less
-# a chunk is cut to a half, a third, ... for each so many tokens that it has behind it, while others
-# decode: attention makes its tokens ever dearer, and they should not wait ever longer
+# while others decode, they should not wait long: a prefill step is a half, but of this many tokens
+# at least, and a chunk is cut to a half, a third, ... of that for each CHUNK_CONTEXT tokens that it
+# has behind it, for attention makes its tokens ever dearer
+SMALL_STEP = 2048
 CHUNK_CONTEXT = 4096
 
 
@@ -1482,7 +1497,8 @@ class Engine:
     max_model_len            longest context, prompt and answer together; None: what the model and
                              the cache allow
     max_num_seqs             requests in one batch
-    max_num_batched_tokens   tokens in one prefill step; longer prompts are chunked
+    max_num_batched_tokens   tokens in one prefill step; longer prompts are chunked. While others
+                             decode, half of them, but no fewer than 2,048
     block_size               tokens per KV block
     enable_prefix_caching    reuse blocks of prompts that begin alike
     static_batching          nobody joins until the whole batch has ended: what continuous batching
@@ -1498,7 +1514,7 @@ class Engine:
                  device: str = "auto", dtype: str = "auto", rung: str = "auto",
                  enforce_eager: bool = False, seed: int | None = None,
                  max_model_len: int | None = None, max_num_seqs: int = 128,
-                 max_num_batched_tokens: int = 2048, block_size: int = 16,
+                 max_num_batched_tokens: int = 4096, block_size: int = 16,
                  enable_prefix_caching: bool = True, static_batching: bool = False,
                  gpu_memory_utilization: float = 0.9,
                  kv_cache_memory_bytes: int | None = None,
@@ -1603,6 +1619,7 @@ class Engine:
         H, G, D = cfg.num_attention_heads, cfg.num_key_value_heads, cfg.head_dim
         channels = 3 * cfg.hidden_size + 3 * cfg.intermediate_size + 2 * D * (H + G)
         rows = 4 * 4 * B * cfg.vocab_size                      # logits, scores, bias, seen
+        rows += 8 * B * max(kernels.MAX_CHUNKS, ceil_div(cfg.vocab_size, kernels.CHUNK))
         tables = 4 * longest * D + 4 * B * ceil_div(longest, self.block_size)
         partial = 4 * math.prod(self.partial_shape(longest))
         return T * channels * self.elements.itemsize + rows + tables + partial + (256 << 20)
@@ -1686,7 +1703,7 @@ class Engine:
                                    cfg.intermediate_size)
         self.parts = new(parts if self.rung == "persistent" else 1, np.float32)
         # both at first 0, and one never without the other: stamps in the mail count from arrivals
-        letters = kernels.mail_size(H, G, D, cfg.hidden_size)
+        letters = kernels.mail_size(H, G, D, cfg.hidden_size, cfg.intermediate_size)
         self.mail = self.on_device(np.zeros(letters if self.rung == "persistent" else 1, np.uint64))
         self.arrivals = self.on_device(np.zeros(kernels.MEETINGS * cfg.num_hidden_layers + 3,
                                                 np.uint32))
@@ -1703,8 +1720,8 @@ class Engine:
         self.seeds = self.on_device(np.zeros((rows, 2), np.uint32))
         self.bias, self.seen = new((rows, V), np.float32), new((rows, V), np.int32)
         self.scores = new((B, V), np.float32)
-        self.chunk_max = new(B * kernels.MAX_CHUNKS, np.float32)
-        self.chunk_argmax = new(B * kernels.MAX_CHUNKS, np.int32)
+        chunks = max(kernels.MAX_CHUNKS, V // kernels.CHUNK if self.rung == "persistent" else 1)
+        self.chunk_max, self.chunk_argmax = new(B * chunks, np.float32), new(B * chunks, np.int32)
         # the newest token of each, and the one before, which the host may not have read yet
         self.sampled = self.place.mapped((rows, 2), np.int32)
         self.views: dict[tuple, Step] = {}                     # shape -> its arrays
@@ -1878,13 +1895,16 @@ class Engine:
     def schedule_prefill(self, others_wait: bool) -> list[tuple[Sequence, int]]:
         """Chunks for this step: whoever has begun goes on, then the queue in its order."""
         budget, chunks = self.max_num_batched_tokens, []
+        if others_wait:
+            budget = max(min(budget, SMALL_STEP), budget // 2)
+        longest = budget
         candidates = deque(seq for seq in self.running if not seq.is_decoding)
         while budget and (candidates or self.admit(candidates)):
             seq = candidates.popleft()
             count = min(budget, seq.prefill_end - seq.num_computed)
             if others_wait:
                 share = 1 + seq.num_computed // CHUNK_CONTEXT
-                count = min(count, ceil_div(self.max_num_batched_tokens, share))
+                count = min(count, ceil_div(longest, share))
             self.register_full_blocks(seq, seq.num_computed + count)
             chunks.append((seq, count))
             budget -= count
@@ -1920,8 +1940,8 @@ class Engine:
         Invariant: a row is refilled only after all steps of its last owner have been started, and
         the stream keeps their order; of its tokens in `sampled` see `start`."""
         params, row, V = seq.params, seq.row, self.cfg.vocab_size
+        seq.takes_largest = params.takes_largest
         self.place.upload(self.block_tables, np.array(seq.block_table, np.int32), row)
-        edits = bool(params.logit_bias) or params.min_tokens > 0 or params.penalizes
         settings = np.zeros(kernels.NUM_SETTINGS, np.float32)
         settings[kernels.TEMPERATURE] = 0 if params.greedy else params.temperature
         settings[kernels.TOP_K] = max(params.top_k, 0)
@@ -1929,11 +1949,11 @@ class Engine:
         settings[kernels.REPETITION] = params.repetition_penalty
         settings[kernels.PRESENCE] = params.presence_penalty
         settings[kernels.FREQUENCY] = params.frequency_penalty
-        settings[kernels.EDITED] = edits
+        settings[kernels.EDITED] = params.edits
         self.place.upload(self.settings, settings, row)
         seed = np.array([seq.seed & 0xFFFFFFFF, seq.seed >> 32], np.uint32)
         self.place.upload(self.seeds, seed, row)
-        if edits:
+        if params.edits:
             seen = np.bincount(seq.output_ids, minlength=V).astype(np.int32)
             seen[np.unique(seq.request.prompt_token_ids)] += kernels.IN_PROMPT
             self.place.upload(self.seen, seen, row)
@@ -1990,13 +2010,13 @@ class Engine:
         scheduled, new_blocks = [], []
         for seq in decoding:                  # oldest first: whoever gives way is not scheduled yet
             needed, new_block = ceil_div(seq.num_tokens, self.block_size), None
-            while seq in self.running and len(seq.block_table) < needed:
+            while seq.row is not None and len(seq.block_table) < needed:
                 if self.allocator.free:
                     new_block = self.allocator.allocate()
                     seq.block_table.append(new_block)
                 else:
                     self.preempt(self.running[-1])
-            if seq in self.running:
+            if seq.row is not None:           # it did not give way itself
                 scheduled.append(seq)
                 new_blocks.append(new_block)
         return scheduled, new_blocks
@@ -2021,13 +2041,13 @@ class Engine:
 
     # ---- pack, forward, sample: the computation of a step ----
 
-    def view_step(self, kind: str, T: int, B: int) -> Step:
+    def view_step(self, kind: str, T: int, B: int, greedy: bool = False) -> Step:
         """The arrays of a step of this shape, in step_buffer one behind another:
 
         tokens T | positions T | slots T | seq_lens B | rows B | sample_rows B | last_tokens B |
         query_starts B + 1
         """
-        key = (kind, T, B)
+        key = (kind, T, B, greedy)
         if key not in self.views:
             packed = self.step_buffer[:3 * T + 5 * B + 1]
             tokens, positions, slots = (packed[i * T:(i + 1) * T] for i in range(3))
@@ -2039,7 +2059,7 @@ class Engine:
                 rows = sample_rows = inputs[0]
                 last_tokens, query_starts = self.starts[:B], self.starts[:B + 1]
             self.views[key] = Step(kind, T, B, tokens, positions, slots, seq_lens, rows,
-                                   sample_rows, last_tokens, query_starts, packed, inputs)
+                                   sample_rows, last_tokens, query_starts, packed, inputs, greedy)
         return self.views[key]
 
     def pack_prefill(self, batch: Batch) -> Step:
@@ -2074,7 +2094,9 @@ class Engine:
     def pack_decode(self, batch: Batch) -> Step:
         """Says who decodes; nothing is uploaded when that, and all block tables, are as before."""
         B = self.padded_requests(len(batch.sequences))
-        step = self.view_step("decode", B, B)
+        greedy = self.rung == "persistent" and not self.keep_logits and all(
+            seq.takes_largest for seq in batch.sequences)
+        step = self.view_step("decode", B, B, greedy)
         rows = [seq.row for seq in batch.sequences]
         rows += [self.max_num_seqs] * (B - len(rows))          # padding: the row of nobody
         if rows != self.rows_on_device or any(block is not None for block in batch.new_blocks):
@@ -2109,15 +2131,16 @@ class Engine:
 
     def decode_at_once(self, step: Step, first: int, end: int) -> None:
         """The logits of these requests, MAX_DECODE_TOKENS at most, by one kernel for all layers."""
-        w = self.weights
-        x, h, o, act, logits = (array[first:end] for array in (
-            self.x, self.h, self.o, self.act, self.logits))
+        w, largest = self.weights, self.chunks(self.cfg.vocab_size // kernels.CHUNK, step.B)
+        logits, chunk_max, chunk_argmax, x, h, o, act = (array[first:end] for array in (
+            self.logits, *largest, self.x, self.h, self.o, self.act))
         self.begin_decode(step, first, end)
-        self.ops.forward_decode(logits, x, h, o, act, self.kv_cache, self.parts, self.partial,
-                                self.mail, self.arrivals, step.tokens[first:end],
-                                step.slots[first:end], step.rows[first:end],
-                                step.seq_lens[first:end], self.splits, self.block_tables, self.cos,
-                                self.sin, w.embed, w.norms, w.matrices, self.cfg.rms_norm_eps)
+        self.ops.forward_decode(logits, chunk_max, chunk_argmax, x, h, o, act, self.kv_cache,
+                                self.parts, self.partial, self.mail, self.arrivals,
+                                step.tokens[first:end], step.slots[first:end],
+                                step.rows[first:end], step.seq_lens[first:end], self.splits,
+                                self.block_tables, self.cos, self.sin, w.embed, w.norms, w.matrices,
+                                self.cfg.rms_norm_eps, step.greedy)
 
     def forward(self, step: Step) -> None:
         """The transformer, one operation per line: self.x (T, C) after the last layer."""
@@ -2157,15 +2180,21 @@ class Engine:
         return logits
 
     def sample(self, step: Step) -> None:
-        """The next token of each request, into `sampled` and into its row's state."""
-        B = step.B
-        logits, scores, chunks = self.logits[:B], self.scores[:B], kernels.chunks_of(B)
-        chunk_max = self.chunk_max[:B * chunks].reshape(B, chunks)
-        chunk_argmax = self.chunk_argmax[:B * chunks].reshape(B, chunks)
-        self.ops.edit_logits(scores, chunk_max, chunk_argmax, logits, step.sample_rows,
-                             self.settings, self.bias, self.seen)
+        """The next token of each request, into `sampled` and into its row's state; of a greedy step
+        forward_decode has left the largest logits."""
+        B, scores = step.B, self.scores[:step.B]
+        chunks = self.cfg.vocab_size // kernels.CHUNK if step.greedy else kernels.chunks_of(B)
+        chunk_max, chunk_argmax = self.chunks(chunks, B)
+        if not step.greedy:
+            self.ops.edit_logits(scores, chunk_max, chunk_argmax, self.logits[:B], step.sample_rows,
+                                 self.settings, self.bias, self.seen)
         self.ops.sample_tokens(self.sampled, self.state, self.seen, scores, chunk_max, chunk_argmax,
                                step.sample_rows, step.seq_lens, self.settings, self.seeds)
+
+    def chunks(self, count: int, B: int) -> tuple:
+        """The largest logit of each chunk of B rows, (B, count) f32, and its token, i32."""
+        return tuple(array[:B * count].reshape(B, count)
+                     for array in (self.chunk_max, self.chunk_argmax))
 
     # ---- step: schedule, start, retire ----
 
@@ -2240,9 +2269,9 @@ class Engine:
         # on the GPU a step may have been under way when the last of its requests ended
         of_use = any(not seq.finish_reason for seq in batch.sequences)
         try:
-            sampled = tokens()
+            sampled = tokens().tolist()
             for b in batch.ready:
-                seq, token = batch.sequences[b], int(sampled[b])
+                seq, token = batch.sequences[b], sampled[b]
                 seq.num_pending -= 1
                 if seq.finish_reason:              # it ended while this step was under way
                     continue
@@ -2904,8 +2933,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--max-model-len", type=int, help="longest context in tokens, prompt and answer together")
     add("--max-num-seqs", type=int, default=128,
         help="requests in one batch (default: %(default)s)")
-    add("--max-num-batched-tokens", type=int, default=2048,
-        help="tokens in one prefill step (default: %(default)s)")
+    add("--max-num-batched-tokens", type=int, default=4096,
+        help="tokens in one prefill step (default: %(default)s; half of it while others decode)")
     add("--block-size", type=int, default=16, help="tokens per KV block (default: %(default)s)")
     add("--kv-cache-memory-bytes", type=int, help="size of the KV cache")
     add("--enable-prefix-caching", action=argparse.BooleanOptionalAction, default=True,
