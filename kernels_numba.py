@@ -5469,7 +5469,9 @@ def settings_example(rng, B, V):
 def edit_logits_example(rng, elements, B, V, chunks=MAX_CHUNKS):
     rows, settings, bias, seen = settings_example(rng, B, V)
     logits = lively(rng, B, V) / np.float32(4)
-    logits[0, V // 3::V // 3 + 1] = logits[0].max() + 1    # of equal ones the first is the largest
+    # of equal ones the first is the largest, in another chunk or in one of the same thread
+    for step in (V // 3 + 1, THREADS, ceil_div(V, chunks) * SAMPLE_THREADS):
+        logits[:, V // 3::step] = logits.max(axis=1, keepdims=True) + 1
     if B > 2:
         logits[1, V // 2] = np.nan                     # refused, whatever the request asks for
     return [unwritten(B, V), unwritten(B, chunks), np.full((B, chunks), -1, np.int32), logits,
