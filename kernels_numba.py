@@ -4068,10 +4068,11 @@ PERSISTENT_SHARED = (227 - 1) << 10        # bytes; 1 KB is left for static arra
 SUM_WORDS = 20480                          # the most of it for what sum_words_of counts: FAST
                                            # stages are left
 X_WORDS = 4096                             # for the tokens' ring; three stages if that is more
-# barriers of the rings: full[i], that a copy has landed, and empty[i], that all consumers are done
+# barriers of the rings: full[i], that a copy has landed, and empty[i], that all consumers are done;
+# and the last, that all of them have read the sums of an item of attention
 MAX_STAGES, MAX_X_STAGES = 16, 8
 EMPTY, X_FULL, X_EMPTY = MAX_STAGES, 2 * MAX_STAGES, 2 * MAX_STAGES + MAX_X_STAGES
-JOINED = 2 * MAX_STAGES + 2 * MAX_X_STAGES # that all warps have read the sums of an item
+JOINED = 2 * MAX_STAGES + 2 * MAX_X_STAGES
 NUM_BARRIERS = JOINED + 1
 QKV, O, GATE_UP, DOWN, LM_HEAD = range(5)  # the matmuls of a layer in their order, and the last one
 H_MAP, O_MAP, ACT_MAP, KV_MAP = range(5, 9)            # tensor maps behind those of the matrices
@@ -5037,8 +5038,8 @@ def make_forward_decode(D, N):
 
     @cuda.jit(device=True)
     def store_largest(acc, first_token, tile, num_rows, B, largest, largest_at):
-        """Of a tile of logits what greedy sampling asks for, in flat arrays of (B, num_rows/CHUNK):
-        neither time nor memory for the others."""
+        """The largest of each CHUNK of a tile of logits, of equal ones the first, and its token, to
+        flat arrays of shape (B, num_rows / CHUNK); inf for NaN, which sampling refuses."""
         lane, b = thread_index() % WARP, first_token + thread_index() % 4 * 2
         first_row = tile * TILE_ROWS + thread_index() // WARP * CHUNK
         row = uint32(first_row + lane // 4 * 2)                # the first of this thread's two
@@ -5112,7 +5113,8 @@ def make_forward_decode(D, N):
                 normed, before, made = meeting + NORMED, DOWN, meeting + QKV_MADE
                 if kind == GATE_UP:
                     normed, before, made = meeting + NORMED_AGAIN, O, meeting + ACTIVATED
-                # matrices 0 and 2 of a layer have a norm before them
+                # matrices 0 and 2 of a layer have a norm before them; letters of the one token's x,
+                # C/2 for either, are the last of the mail
                 norm, told = (matrix + 1) >> 1, stamp_of(launches, num_matrices, (matrix - 1) >> 2)
                 x_mail = mail.shape[0] - x.shape[1] // 2 * (1 + (norm & 1))
                 if matrix > 0 and alone:
@@ -5469,9 +5471,10 @@ def settings_example(rng, B, V):
 def edit_logits_example(rng, elements, B, V, chunks=MAX_CHUNKS):
     rows, settings, bias, seen = settings_example(rng, B, V)
     logits = lively(rng, B, V) / np.float32(4)
-    # of equal ones the first is the largest, in another chunk or in one of the same thread
+    # of equal ones the first counts: of two threads, of one thread of either kernel
+    highest = logits.max(axis=1, keepdims=True) + 1
     for step in (V // 3 + 1, THREADS, ceil_div(V, chunks) * SAMPLE_THREADS):
-        logits[:, V // 3::step] = logits.max(axis=1, keepdims=True) + 1
+        logits[:, V // 3::step] = highest
     if B > 2:
         logits[1, V // 2] = np.nan                     # refused, whatever the request asks for
     return [unwritten(B, V), unwritten(B, chunks), np.full((B, chunks), -1, np.int32), logits,
