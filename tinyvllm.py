@@ -1619,10 +1619,15 @@ class Engine:
         H, G, D = cfg.num_attention_heads, cfg.num_key_value_heads, cfg.head_dim
         channels = 3 * cfg.hidden_size + 3 * cfg.intermediate_size + 2 * D * (H + G)
         rows = 4 * 4 * B * cfg.vocab_size                      # logits, scores, bias, seen
-        rows += 8 * B * max(kernels.MAX_CHUNKS, ceil_div(cfg.vocab_size, kernels.CHUNK))
+        rows += 2 * 4 * B * self.most_chunks()                 # chunk_max and chunk_argmax
         tables = 4 * longest * D + 4 * B * ceil_div(longest, self.block_size)
         partial = 4 * math.prod(self.partial_shape(longest))
         return T * channels * self.elements.itemsize + rows + tables + partial + (256 << 20)
+
+    def most_chunks(self) -> int:
+        """Chunks of a row of logits, at most: see `chunks`."""
+        of_greedy = self.cfg.vocab_size // kernels.CHUNK if self.rung == "persistent" else 0
+        return max(kernels.MAX_CHUNKS, of_greedy)
 
     def partial_shape(self, longest: int) -> tuple[int, int, int]:
         """Of what decode attention leaves of each split of all contexts, where it splits them."""
@@ -1720,8 +1725,8 @@ class Engine:
         self.seeds = self.on_device(np.zeros((rows, 2), np.uint32))
         self.bias, self.seen = new((rows, V), np.float32), new((rows, V), np.int32)
         self.scores = new((B, V), np.float32)
-        chunks = max(kernels.MAX_CHUNKS, V // kernels.CHUNK if self.rung == "persistent" else 1)
-        self.chunk_max, self.chunk_argmax = new(B * chunks, np.float32), new(B * chunks, np.int32)
+        self.chunk_max, self.chunk_argmax = (new(B * self.most_chunks(), kind)
+                                             for kind in (np.float32, np.int32))
         # the newest token of each, and the one before, which the host may not have read yet
         self.sampled = self.place.mapped((rows, 2), np.int32)
         self.views: dict[tuple, Step] = {}                     # shape -> its arrays
@@ -2131,9 +2136,9 @@ class Engine:
 
     def decode_at_once(self, step: Step, first: int, end: int) -> None:
         """The logits of these requests, MAX_DECODE_TOKENS at most, by one kernel for all layers."""
-        w, largest = self.weights, self.chunks(self.cfg.vocab_size // kernels.CHUNK, step.B)
+        w = self.weights
         logits, chunk_max, chunk_argmax, x, h, o, act = (array[first:end] for array in (
-            self.logits, *largest, self.x, self.h, self.o, self.act))
+            self.logits, *self.chunks(step.B, True), self.x, self.h, self.o, self.act))
         self.begin_decode(step, first, end)
         self.ops.forward_decode(logits, chunk_max, chunk_argmax, x, h, o, act, self.kv_cache,
                                 self.parts, self.partial, self.mail, self.arrivals,
@@ -2183,16 +2188,17 @@ class Engine:
         """The next token of each request, into `sampled` and into its row's state; of a greedy step
         forward_decode has left the largest logits."""
         B, scores = step.B, self.scores[:step.B]
-        chunks = self.cfg.vocab_size // kernels.CHUNK if step.greedy else kernels.chunks_of(B)
-        chunk_max, chunk_argmax = self.chunks(chunks, B)
+        chunk_max, chunk_argmax = self.chunks(B, step.greedy)
         if not step.greedy:
             self.ops.edit_logits(scores, chunk_max, chunk_argmax, self.logits[:B], step.sample_rows,
                                  self.settings, self.bias, self.seen)
         self.ops.sample_tokens(self.sampled, self.state, self.seen, scores, chunk_max, chunk_argmax,
                                step.sample_rows, step.seq_lens, self.settings, self.seeds)
 
-    def chunks(self, count: int, B: int) -> tuple:
-        """The largest logit of each chunk of B rows, (B, count) f32, and its token, i32."""
+    def chunks(self, B: int, greedy: bool) -> tuple:
+        """The largest logit of each chunk of B rows, (B, chunks) f32, and its token, i32: of a
+        greedy step small chunks, as forward_decode leaves them, otherwise those of edit_logits."""
+        count = self.cfg.vocab_size // kernels.CHUNK if greedy else kernels.chunks_of(B)
         return tuple(array[:B * count].reshape(B, count)
                      for array in (self.chunk_max, self.chunk_argmax))
 
