@@ -148,10 +148,12 @@ def all_logits(engine, ids):
     """Logits (T, V) of every position of a prompt, from one prefill step."""
     engine.allocator.forget_hashes()
     engine.add_request("logits", {"prompt_token_ids": ids}, GREEDY)
-    engine.start(engine.schedule())
+    batch = engine.schedule()
+    engine.start(batch)
+    engine.complete(engine.pack_prefill(batch))
     indices = np.arange(len(ids), dtype=np.int32)
     logits = np.concatenate([
-        engine.place.download(engine.compute_logits(engine.on_device(part), len(part))).copy()
+        engine.place.download(engine.logits_of(engine.on_device(part), len(part))).copy()
         for part in np.split(indices, range(16, len(ids), 16))])
     engine.abort_request("logits")
     engine.allocator.forget_hashes()
@@ -1290,6 +1292,25 @@ def test_prompt_logprobs_survive_chunks_samples_and_the_prefix_cache(checkpoints
     for ours, theirs in zip(chunked.prompt_logprobs[1:], whole.prompt_logprobs[1:], strict=True):
         assert ours.keys() == theirs.keys()
         assert all(abs(ours[token].logprob - theirs[token].logprob) < 1e-4 for token in ours)
+
+
+@pytest.mark.parametrize("limit, prompt_logprobs, lengths", [
+    (64, None, [20, 1]), (12, None, [12, 8, 1]), (64, 0, [20, 1, 20])],
+    ids=["whole", "in chunks", "prompt logprobs"])
+def test_the_last_layer_ends_with_one_token_of_each_request(checkpoints, monkeypatch, limit,
+                                                            prompt_logprobs, lengths):
+    """How many tokens the MLPs of two layers take, for a prompt of 20: nobody reads the others."""
+    engine = Engine(checkpoints("gqa"), max_num_batched_tokens=limit)
+    assert engine.cfg.num_hidden_layers == 2
+    taken = []
+
+    def counted(operation):
+        return lambda out, *rest: (taken.append(len(out)), operation(out, *rest))
+    for name in ("matmul_silu_mul", "matmul_silu_mul_decode"):
+        monkeypatch.setattr(engine.ops, name, counted(getattr(engine.ops, name)))
+    params = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=prompt_logprobs)
+    engine.generate([{"prompt_token_ids": prompt_ids(20)}], params)
+    assert taken == lengths
 
 
 def test_min_tokens_holds_back_every_way_to_stop(demo):

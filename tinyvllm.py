@@ -1619,6 +1619,7 @@ class Engine:
         H, G, D = cfg.num_attention_heads, cfg.num_key_value_heads, cfg.head_dim
         channels = 3 * cfg.hidden_size + 3 * cfg.intermediate_size + 2 * D * (H + G)
         rows = 4 * 4 * B * cfg.vocab_size                      # logits, scores, bias, seen
+        rows += B * (cfg.hidden_size + (H + 2 * G) * D) * self.elements.itemsize   # last, last_qkv
         rows += 2 * 4 * B * self.most_chunks()                 # chunk_max and chunk_argmax
         tables = 4 * longest * D + 4 * B * ceil_div(longest, self.block_size)
         partial = 4 * math.prod(self.partial_shape(longest))
@@ -1696,7 +1697,9 @@ class Engine:
         self.o = new((T, H, D), elements)
         self.gate_up = new((T, 2 * cfg.intermediate_size), elements)
         self.act = new((T, cfg.intermediate_size), elements)
-        self.last = new((B, cfg.hidden_size), elements)          # rows of x for the lm_head
+        # rows of x and qkv of which logits are made
+        self.last = new((B, cfg.hidden_size), elements)
+        self.last_qkv = new((B, H + 2 * G, D), elements)
         self.logits = new((B, cfg.vocab_size), np.float32)
         inv_freq = kernels.rope_inv_freq(D, cfg.rope_theta, cfg.rope_scaling)
         self.cos, self.sin = map(self.on_device,
@@ -2080,6 +2083,7 @@ class Engine:
         query_starts = flat[3 * T + 4 * B:]
         slots[:] = len(self.allocator.ref_counts) * P          # padding: the block of nobody
         rows[:] = sample_rows[:] = nobody
+        seq_lens[:] = 1                    # in the last layer a padded request has a query, too
         start, in_block = 0, np.arange(P, dtype=np.int32)
         for b, (seq, count, end) in enumerate(zip(batch.sequences, batch.counts, batch.seq_lens)):
             first, part = end - count, slice(start, start + count)
@@ -2123,7 +2127,7 @@ class Engine:
                 self.begin_decode(step, 0, step.B)
             self.forward(step)
             if step.kind != "chunk":
-                self.compute_logits(step.last_tokens, step.B)
+                self.compute_logits(step.B)
         if step.kind != "chunk":
             self.sample(step)
 
@@ -2148,41 +2152,68 @@ class Engine:
                                 self.cfg.rms_norm_eps, step.greedy)
 
     def forward(self, step: Step) -> None:
-        """The transformer, one operation per line: self.x (T, C) after the last layer."""
-        cfg, ops, T, decode = self.cfg, self.ops, step.T, step.kind == "decode"
-        eps, matmul = cfg.rms_norm_eps, ops.matmul_decode if decode else ops.matmul
-        matmul_silu_mul = ops.matmul_silu_mul_decode if decode else ops.matmul_silu_mul
-        attention = ops.attention_decode if decode else ops.attention
-        x, h, delta, heads, o = self.x[:T], self.h[:T], self.delta[:T], self.qkv[:T], self.o[:T]
-        gate_up, act = self.gate_up[:T], self.act[:T]
-        qkv, o_flat = heads.reshape(T, -1), o.reshape(T, -1)
+        """The transformer, one operation per line: self.last (B, C), a row for each request.
+
+        Its last layer makes keys and values of all tokens, and the rest of the one token of each
+        request whose logits somebody reads; of a chunk, which samples nothing, no more at all."""
+        ops, T, B, layers = self.ops, step.T, step.B, self.weights.layers
+        matmul = ops.matmul_decode if step.kind == "decode" else ops.matmul
+        x, h, delta, heads = self.x[:T], self.h[:T], self.delta[:T], self.qkv[:T]
+        qkv, eps = heads.reshape(T, -1), self.cfg.rms_norm_eps
         rotation = self.cos, self.sin, step.positions, step.slots
-        context = (self.block_tables, step.rows, step.query_starts, step.seq_lens, self.splits,
-                   self.partial)
 
         ops.embedding(x, step.tokens, self.weights.embed)                 # (T,) -> (T, C)
-        for l, w in enumerate(self.weights.layers):
+        for l, w in enumerate(layers):
             if l == 0:
                 ops.rmsnorm(h, x, w.norm_attn, eps)
             else:
                 ops.add_rmsnorm(h, x, delta, w.norm_attn, eps)    # x += the MLP of the layer before
             matmul(qkv, h, w.wqkv)                                     # (T, C) -> (T, (H + 2G) * D)
             ops.rope_write_kv(heads, self.k_cache[l], self.v_cache[l], *rotation)
-            attention(o, heads, self.k_cache[l], self.v_cache[l], *context)          # -> (T, H, D)
-            matmul(delta, o_flat, w.wo)                                   # (T, H * D) -> (T, C)
-            ops.add_rmsnorm(h, x, delta, w.norm_mlp, eps)         # x += the attention of this layer
-            matmul_silu_mul(act, h, w.w_gate_up, gate_up)                 # (T, C) -> (T, F)
-            matmul(delta, act, w.w_down)                                  # (T, F) -> (T, C)
-        ops.add(x, delta)
+            if l + 1 < len(layers):
+                self.finish_layer(l, step, x, heads, step.query_starts, step.kind == "decode")
+        if step.kind != "chunk":
+            last, last_heads = self.last[:B], self.last_qkv[:B]
+            ops.embedding(last, step.last_tokens, x)                      # a gather of rows of x
+            ops.embedding(last_heads.reshape(B, -1), step.last_tokens, qkv)
+            self.finish_layer(l, step, last, last_heads, self.starts[:B + 1], True)
+            ops.add(last, self.delta[:B])
 
-    def compute_logits(self, indices, B: int):
-        """Logits (B, V) of the rows of x at `indices` (B,), at most max_num_seqs; no other row
-        needs them."""
+    def finish_layer(self, l: int, step: Step, x, heads, query_starts, few: bool) -> None:
+        """The rest of layer l once keys and values are written: attention of the queries in heads
+        (T, H + 2G, D), which is added to x (T, C), and of the sum the MLP, which is left in delta.
+        few: at most one query of each request."""
+        ops, w, T = self.ops, self.weights.layers[l], len(x)
+        matmul = ops.matmul_decode if few else ops.matmul
+        matmul_silu_mul = ops.matmul_silu_mul_decode if few else ops.matmul_silu_mul
+        attention = ops.attention_decode if step.kind == "decode" else ops.attention
+        h, delta, o, gate_up, act = (array[:T] for array in (self.h, self.delta, self.o,
+                                                             self.gate_up, self.act))
+
+        attention(o, heads, self.k_cache[l], self.v_cache[l], self.block_tables, step.rows,
+                  query_starts, step.seq_lens, self.splits, self.partial)         # -> (T, H, D)
+        matmul(delta, o.reshape(T, -1), w.wo)                             # (T, H * D) -> (T, C)
+        ops.add_rmsnorm(h, x, delta, w.norm_mlp, self.cfg.rms_norm_eps)   # x += the attention
+        matmul_silu_mul(act, h, w.w_gate_up, gate_up)                     # (T, C) -> (T, F)
+        matmul(delta, act, w.w_down)                                      # (T, F) -> (T, C)
+
+    def compute_logits(self, B: int):
+        """Logits (B, V) of the first rows of `last`, at most max_num_seqs."""
         last, h, logits = self.last[:B], self.h[:B], self.logits[:B]
-        self.ops.embedding(last, indices, self.x)                         # a gather of rows of x
         self.ops.rmsnorm(h, last, self.weights.norm, self.cfg.rms_norm_eps)
         self.ops.matmul_decode(logits, h, self.weights.lm_head)           # (B, C) -> (B, V)
         return logits
+
+    def complete(self, step: Step) -> None:
+        """x (T, C) after the last layer, of all tokens of the prefill step that has just run."""
+        x, heads = self.x[:step.T], self.qkv[:step.T]
+        self.finish_layer(len(self.weights.layers) - 1, step, x, heads, step.query_starts, False)
+        self.ops.add(x, self.delta[:step.T])
+
+    def logits_of(self, indices, B: int):
+        """Logits (B, V) of the tokens at `indices` (B,) of a complete step."""
+        self.ops.embedding(self.last[:B], indices, self.x)
+        return self.compute_logits(B)
 
     def sample(self, step: Step) -> None:
         """The next token of each request, into `sampled` and into its row's state; of a greedy step
@@ -2258,7 +2289,7 @@ class Engine:
         wanted = [b for b in batch.ready
                   if self.keep_logits or batch.sequences[b].params.logprobs is not None]
         logits = {b: self.place.download(self.logits[b]).copy() for b in wanted}
-        self.score_prompts(batch)
+        self.score_prompts(batch, step)
         for seq, end in zip(batch.sequences, batch.seq_lens):
             seq.num_computed = end
         for b in batch.ready:
@@ -2305,8 +2336,9 @@ class Engine:
         cfg, L = self.cfg, self.cfg.num_hidden_layers
         H, G, D = cfg.num_attention_heads, cfg.num_key_value_heads, cfg.head_dim
         lm_head = cfg.vocab_size * cfg.hidden_size
-        in_layers = L * kernels.layer_size(H, G, D, cfg.hidden_size, cfg.intermediate_size)
-        keys = sum(batch.seq_lens)                 # with their values, read once
+        layer = kernels.layer_size(H, G, D, cfg.hidden_size, cfg.intermediate_size)
+        qkv, keys = (H + 2 * G) * D * cfg.hidden_size, sum(batch.seq_lens)     # keys are read once
+        asked = len(batch.sequences) if batch.ready else 0     # rows through all of the last layer
         pairs = sum(count * end - count * (count - 1) // 2
                     for count, end in zip(batch.counts, batch.seq_lens))      # of query and key
         started, ended = batch.started, batch.ended
@@ -2320,9 +2352,11 @@ class Engine:
             batch.preempted,
             len(self.waiting), len(self.allocator.ref_counts) - len(self.allocator.free),
             len(self.allocator.ref_counts),
-            (in_layers + lm_head + 2 * L * G * D * keys) * self.elements.itemsize,
-            2 * in_layers * batch.num_tokens + 2 * lm_head * len(batch.ready)
-            + 4 * L * H * D * pairs, batch.held, batch.kernels, choices)
+            (L * layer + lm_head + 2 * L * G * D * keys) * self.elements.itemsize,
+            2 * ((L - 1) * layer + qkv) * batch.num_tokens + 2 * (layer - qkv) * asked
+            + 2 * lm_head * len(batch.ready)
+            + 4 * H * D * ((L - 1) * pairs + (keys if asked else 0)),
+            batch.held, batch.kernels, choices)
 
     def logprobs_of(self, logits: np.ndarray, token: int, count: int) -> dict[int, Logprob]:
         """The chosen token and the `count` likeliest (-1: all) of one row of raw logits."""
@@ -2337,9 +2371,9 @@ class Engine:
             return self.tokenizer.decode([t], skip_special_tokens=False) if self.tokenizer else None
         return {t: Logprob(float(logprobs[t]), rank, decoded(t)) for t, rank in ranks.items()}
 
-    def score_prompts(self, batch: Batch) -> None:
+    def score_prompts(self, batch: Batch, step: Step) -> None:
         """Appends the prompt logprobs of a chunk: position i predicts prompt token i + 1."""
-        start = 0
+        start, complete = 0, False
         for seq, end, count in zip(batch.sequences, batch.seq_lens, batch.counts):
             wanted, scored = seq.params.prompt_logprobs, seq.request.prompt_logprobs
             ids, computed, start = seq.request.prompt_token_ids, end - count, start + count
@@ -2350,7 +2384,10 @@ class Engine:
             for i in range(first, last, self.max_num_seqs):
                 positions = np.arange(i, min(i + self.max_num_seqs, last), dtype=np.int32)
                 indices = self.on_device(positions - computed + start - count)
-                logits = self.place.download(self.compute_logits(indices, len(positions)))
+                if not complete:
+                    self.complete(step)
+                    complete = True
+                logits = self.place.download(self.logits_of(indices, len(positions)))
                 for position, row in zip(positions, logits):
                     scored.append(self.logprobs_of(row, ids[position + 1], wanted))
 
