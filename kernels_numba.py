@@ -374,6 +374,12 @@ def multiply_add(a, b, c):
     return a * b + c
 
 
+@instruction("mul.rn.f32 {0}, {1}, {2};", "=f", "f", "f", keep=False)
+def product(a, b):
+    """a * b, rounded before anything is added to it: the compiler must not fuse this one."""
+    return a * b
+
+
 @instruction("rsqrt.approx.ftz.f32 {0}, {1};", "=f", "f", keep=False)
 def inverse_sqrt(x):
     """1 / sqrt(x), to 2 bits of the last place."""
@@ -958,10 +964,12 @@ def first_of_ring(ring, i):
 
 @cuda.jit(device=True)
 def next_stage(stage, parity, stages):
-    """The place after this one in a ring, and the parity of its phase."""
-    if stage + 1 == stages:
-        return 0, uint32(parity ^ uint32(1))
-    return stage + 1, parity
+    """The place after this one in a ring, and the parity of its phase. In 32 bits: what a long
+    kernel spills it fetches from the L2 after each meeting, for that empties the L1."""
+    following = uint32(stage + 1)
+    if following == uint32(stages):
+        return uint32(0), uint32(parity ^ uint32(1))
+    return following, parity
 
 
 # Programmatic dependent launch: a kernel may begin while the one before it still runs. Invariant:
@@ -3028,6 +3036,9 @@ WHOLE = 1 << 30                            # a split that no context exceeds
 SPLIT_STEP = 64                            # what longer splits are a multiple of: whole stages
 SPLIT_ITEMS = 4 if SIMULATOR else 132      # of one context, at most: one for each multiprocessor of
                                            # an H100; not of this GPU, or its sums would differ
+RUN = 2 if SIMULATOR else 4                # splits of a context, at most, that one thread block
+                                           # takes as one item, of a step of more requests than
+FEW_REQUESTS = 8 if SIMULATOR else 64      # these: they have work enough for every thread block
 MAX_REQUESTS = 4096                        # of one step
 DECODE_THREAD_BLOCKS = 3 if SIMULATOR else 264         # two for each multiprocessor of an H100
 
@@ -3051,15 +3062,40 @@ def split_size_int(S, G, split):
                * SPLIT_STEP)
 
 
-def lay_out_splits(seq_lens, G, split):
+def run_of(tokens):
+    """The splits that may be one item in a step of so many requests, or in the kernel for them."""
+    return RUN if tokens > FEW_REQUESTS else 1
+
+
+def piece_size(S, G, split, run):
+    """Tokens of a context of S that are one item: a split, or all if these are `run` splits or
+    fewer. Sums are taken split by split in either case."""
+    return S if S <= split * min(run, most_splits(G)) else split_size(S, G, split)
+
+
+@cuda.jit(device=True)
+def longest_run(G, split, run):
+    """Tokens of the longest context that is one item of several splits; all of these have `split`
+    tokens but the last."""
+    return split * min(run, max(1, int64(divide(uint32(SPLIT_ITEMS), uint32(G)))))
+
+
+@cuda.jit(device=True)
+def piece_size_int(S, G, split, run):
+    """piece_size on the device."""
+    return S if S <= longest_run(G, split, run) else split_size_int(S, G, split)
+
+
+def lay_out_splits(seq_lens, G, split, run=1):
     """What begin_decode leaves in `splits`, (B + 1 + J,) int32, for contexts of at least a token.
 
-    First comes the first split of each request, and J; then a word for each split, in the order of
-    work: i * MAX_REQUESTS + b for the i-th split of request b. Splits of a request are of one size
-    but for its last. These come behind all others, the longest first, so that thread blocks end at
+    Contexts are cut in pieces, see piece_size; with a run of 1 they are splits. First comes the
+    first piece of each request, and J; then a word for each piece, in the order of work:
+    i * MAX_REQUESTS + b for the i-th piece of request b. Pieces of a request are of one size but
+    for its last. These come behind all others, the longest first, so that thread blocks end at
     about the same time.
     """
-    sizes = [split_size(int(S), G, split) for S in seq_lens]
+    sizes = [piece_size(int(S), G, split, run) for S in seq_lens]
     counts = [ceil_div(int(S), size) for S, size in zip(seq_lens, sizes)]
     whole = [i * MAX_REQUESTS + b for b, count in enumerate(counts) for i in range(count - 1)]
     left = [int(S) - size * (count - 1) for S, size, count in zip(seq_lens, sizes, counts)]
@@ -3069,9 +3105,9 @@ def lay_out_splits(seq_lens, G, split):
 
 
 @cuda.jit(device=True)
-def locate(item, G, seq_lens, splits, split):
-    """Of an item, which is a KV head of a split: b, where the split's sums go in `partial`, the KV
-    head, the first key, the end, and the length of the context; of the first split where there are
+def locate(item, G, seq_lens, splits, split, run):
+    """Of an item, which is a KV head of a piece: b, where the piece's sums go in `partial`, the KV
+    head, the first key, the end, and the length of the context; of the first piece where there are
     fewer, and nobody uses it."""
     j, B = int64(divide(uint32(item), uint32(G))), seq_lens.shape[0]
     g = item - j * G
@@ -3081,8 +3117,22 @@ def locate(item, G, seq_lens, splits, split):
     i = int64(divide(uint32(word), uint32(MAX_REQUESTS)))
     b = word - i * MAX_REQUESTS
     S = int64(load_word(seq_lens, b))
-    size = split_size_int(S, G, split)
+    size = piece_size_int(S, G, split, run)
     return b, int64(load_word(splits, b)) + i, g, i * size, min(i * size + size, S), S
+
+
+@cuda.jit(device=True)
+def in_turns(item, items, stride, run):
+    """Which of so many items a thread block takes in its item // stride-th turn. Where contexts are
+    whole, the longest first, every second turn goes the other way round, or the first thread block
+    would have the longest of each."""
+    turn = uint32(0)
+    if run > 1:
+        turn = divide(uint32(item), uint32(stride))
+    if turn & uint32(1) and item < items:
+        first = int64(turn) * stride
+        return first + min(first + stride, items) - 1 - item
+    return item
 
 
 def make_attention_sums(D, HALVES, IN_ORDER):
@@ -3184,12 +3234,35 @@ def make_attention_sums(D, HALVES, IN_ORDER):
                 out[b, head, d] = narrow(o * inverse(l), out)
                 out[b, head, next_d] = narrow(next_o * inverse(l), out)
             i = uint32(i + WARP * DECODE_WARPS)
-    return add_scores, store_sums, joined, join_warps
+
+    @cuda.jit(device=True)
+    def join_run(out, kept, sums, b, g, n, last, R):
+        """The n-th split of a context whose splits are one item: its sums are kept by the thread
+        that joins them, of each (o, next o, m, l), and with the last they become the attention, by
+        the operations of merged_pair and so with the same bits."""
+        i, at, H = uint32(thread_index()), 0, out.shape[1]
+        while i < R * (D // 2):
+            r, place = i // (D // 2), i % (D // 2) * 2
+            now = at + 4 * n
+            kept[now], kept[now + 1], kept[now + 2], kept[now + 3] = joined(sums, r, place, R)
+            if last:
+                m, l, o, next_o = kept[at + 2], ZERO, ZERO, ZERO
+                for split in range(at + 4, now + 4, 4):
+                    m = max(m, kept[split + 2])
+                for split in range(at, now + 4, 4):
+                    weight = exp2(kept[split + 2] - m)
+                    l += product(kept[split + 3], weight)
+                    o = multiply_add(kept[split], weight, o)
+                    next_o = multiply_add(kept[split + 1], weight, next_o)
+                store_word(out, uint32((b * H + g * R + r) * D + place),
+                           pack(o / l, next_o / l, out))
+            i, at = uint32(i + WARP * DECODE_WARPS), at + 4 * RUN
+    return add_scores, store_sums, joined, join_warps, join_run
 
 
 def make_attend_splits(D):
     """The device function for one head_dim, a multiple of 64 up to 256."""
-    add_scores, store_sums, _, join_warps = make_attention_sums(D, HALVES=1, IN_ORDER=False)
+    add_scores, store_sums, _, join_warps, _ = make_attention_sums(D, HALVES=1, IN_ORDER=False)
     VECTORS = D // 64                      # 16-byte pieces of a value row for a lane
     K_WORDS, Q_WORDS = D // 4, D // 16 * 4
     TILE_WORDS = 2 * K_WORDS               # of keys, then of values
@@ -3274,7 +3347,7 @@ def make_attend_splits(D):
         G, H, width = k_cache.shape[2], out.shape[1], DECODE_WARPS * 16
         R, items = int64(divide(uint32(H), uint32(G))), int64(load_word(splits, B)) * G
         item, stride = int64(cuda.blockIdx.x), int64(cuda.gridDim.x)
-        b, j, g, first, end, S = locate(item, G, seq_lens, splits, split)
+        b, j, g, first, end, S = locate(item, G, seq_lens, splits, split, 1)
         row = int64(load_word(rows, b))
         if item < items:
             for i in range(TILES):
@@ -3286,7 +3359,7 @@ def make_attend_splits(D):
             next_row = row
             if item + stride < items:
                 next_b, next_j, next_g, next_first, next_end, next_S = locate(
-                    item + stride, G, seq_lens, splits, split)
+                    item + stride, G, seq_lens, splits, split, 1)
                 next_row = int64(load_word(rows, next_b))
             for side in range(2):
                 m[side], l[side] = NEG_INF, ZERO
@@ -3328,8 +3401,8 @@ def add_splits(l, o, next_o, terms, weights, parts_of_l, first, count):
         if first + n < count:
             weight = float_of(shuffle(weights, uint32(first + n)))
             l += float_of(shuffle(parts_of_l, uint32(first + n)))
-            o += terms[2 * n] * weight
-            next_o += terms[2 * n + 1] * weight
+            o = multiply_add(terms[2 * n], weight, o)
+            next_o = multiply_add(terms[2 * n + 1], weight, next_o)
     return l, o, next_o
 
 
@@ -3940,7 +4013,7 @@ def sample_tokens(sampled, state, seen, scores, chunk_max, chunk_argmax, rows, s
 
 
 def begin_decode_ref(tokens, positions, slots, seq_lens, splits, inputs, state, block_tables,
-                     block_size, G, split):
+                     block_size, G, split, run):
     """The flat arrays of a decode step, from the state that the last step left.
 
     tokens, positions, slots, seq_lens (B,) i32 written; splits (B+1+splits,) i32 written: see
@@ -3955,14 +4028,14 @@ def begin_decode_ref(tokens, positions, slots, seq_lens, splits, inputs, state, 
         block = block_tables[row, position // block_size]
         positions[b], seq_lens[b] = position, position + 1
         slots[b] = block * block_size + position % block_size
-    laid_out = lay_out_splits(seq_lens, G, split)
+    laid_out = lay_out_splits(seq_lens, G, split, run)
     assert len(laid_out) <= len(splits), f"room for {len(splits)} of {len(laid_out)}"
     splits[:len(laid_out)] = laid_out
 
 
 @cuda.jit(cache=True)
 def begin_decode_kernel(tokens, positions, slots, seq_lens, splits, inputs, state, block_tables,
-                        block_size, G, split):
+                        block_size, G, split, run):
     """positions[b] = state[row,1], slots[b] = block_tables[row, position // P] * P + position % P
 
     tokens, positions, slots, seq_lens (B,)  i32   written
@@ -3971,10 +4044,10 @@ def begin_decode_kernel(tokens, positions, slots, seq_lens, splits, inputs, stat
     state        (rows, 2)        i32   read
     block_tables (rows, blocks)   i32   read, appended to where a block begins
     launch one thread block of THREADS; a thread owns every THREADS-th request
-    shared 8*MAX_REQUESTS bytes: the number of splits of each, and a key to sort its last by
+    shared 8*MAX_REQUESTS bytes: the number of pieces of each, and a key to sort its last by
     moves  40*B + 4*J bytes, does 0 flops: latency-bound
-    needs  B <= MAX_REQUESTS (asserted in the launcher), a split below 2**32 / MAX_REQUESTS tokens,
-           room for all J splits
+    needs  B <= MAX_REQUESTS (asserted in the launcher), a piece below 2**32 / MAX_REQUESTS tokens,
+           room for all J pieces
     twin   begin_decode_ref
     """
     counts = cuda.shared.array(MAX_REQUESTS, int32)
@@ -3991,7 +4064,7 @@ def begin_decode_kernel(tokens, positions, slots, seq_lens, splits, inputs, stat
             block_tables[row, i] = new_block
         tokens[b], positions[b], seq_lens[b] = token, position, position + 1
         slots[b] = block_tables[row, i] * block_size + offset
-        size = split_size_int(position + 1, G, split)
+        size = piece_size_int(position + 1, G, split, run)
         count = int64(divide(uint32(position + size), uint32(size)))
         counts[b] = count
         left = position + 1 - (count - 1) * size
@@ -4017,13 +4090,13 @@ def begin_decode_kernel(tokens, positions, slots, seq_lens, splits, inputs, stat
 
 
 def begin_decode(tokens, positions, slots, seq_lens, splits, inputs, state, block_tables,
-                 block_size, G, split, stream=0):
+                 block_size, G, split, run, stream=0):
     B = len(tokens)
     assert len(positions) == len(slots) == len(seq_lens) == B and inputs.shape == (2, B), B
     assert B <= MAX_REQUESTS, f"{B} requests, expected at most {MAX_REQUESTS}"
     begin_decode_kernel[1, THREADS, stream](tokens, positions, slots, seq_lens, splits, inputs,
                                             state, block_tables, np.int32(block_size), np.int32(G),
-                                            np.int32(split))
+                                            np.int32(split), np.int32(run))
 
 
 # -----------------------------------------------------------------------------
@@ -4290,7 +4363,7 @@ copy_blocks, copy_blocks_once = make_copy_blocks(copy_box_5d), make_copy_blocks(
 
 @cuda.jit(device=True)
 def stream_context(ring, first, stage, stages, parity, barriers, maps, item, layer, D, KEYS, G, P,
-                   block_tables, rows, seq_lens, splits):
+                   block_tables, rows, seq_lens, splits, run):
     """A warp fills stages with keys and values of all items of this thread block: for each block of
     the cache, its keys and then its values. It may run before this step's own are written: who uses
     them puts those in, see patch_tile."""
@@ -4304,7 +4377,8 @@ def stream_context(ring, first, stage, stages, parity, barriers, maps, item, lay
     once = items <= stride
     # each lane has looked up one of the thread block's next 32 items: one item after another these
     # loads, each of which waits for the one before, would take longer than the copies
-    b, _, heads, keys, ends, _ = locate(item + lane * stride, G, seq_lens, splits, SPLIT)
+    b, _, heads, keys, ends, _ = locate(in_turns(item + lane * stride, items, stride, run), G,
+                                        seq_lens, splits, SPLIT, run)
     row = load_word(rows, b)
     g, k, end, n, blocks = open_context(0, row, heads, keys, ends, P, block_tables)
     turn = 0
@@ -4312,8 +4386,9 @@ def stream_context(ring, first, stage, stages, parity, barriers, maps, item, lay
         turn += 1
         if turn == WARP:
             turn = 0
-            b, _, heads, keys, ends, _ = locate(item + (1 + lane) * stride, G, seq_lens, splits,
-                                                SPLIT)
+            b, _, heads, keys, ends, _ = locate(
+                in_turns(item + (1 + lane) * stride, items, stride, run), G, seq_lens, splits,
+                SPLIT, run)
             row = load_word(rows, b)
         next_g, next_k, next_end, next_n, next_blocks = open_context(
             turn, row, heads, keys, ends, P, block_tables)
@@ -4356,21 +4431,21 @@ def await_copies(barriers, stage, parity, stages, pace):
     if stage >= pace:
         await_barrier(barriers, stage - pace, uint32(parity ^ uint32(1)))
     else:
-        await_barrier(barriers, stage - pace + stages, parity)
+        await_barrier(barriers, stage + stages - pace, parity)
 
 
 @cuda.jit(device=True)
 def stream_weights(ring, first, stages, barriers, plan, pace, maps, num_matrices, D, KEYS, G, P,
-                   block_tables, rows, seq_lens, splits):
+                   block_tables, rows, seq_lens, splits, run):
     """The warp that fills the ring with weights and, for attention, with contexts."""
-    item, stage, parity = cuda.blockIdx.x, 0, uint32(1)
+    item, stage, parity = cuda.blockIdx.x, uint32(0), uint32(1)
     for matrix in range(num_matrices):
         kind = kind_of(matrix, num_matrices)
         if kind == O:
             wait_for_inputs()              # contexts, unlike weights, are other kernels' work
             item, stage, parity = stream_context(ring, first, stage, stages, parity, barriers, maps,
                                                  item, matrix >> 2, D, KEYS, G, P, block_tables,
-                                                 rows, seq_lens, splits)
+                                                 rows, seq_lens, splits, run)
         tiles, steps = plan[kind, ROW_TILES], plan[kind, STEPS]
         while item < plan[kind, ITEMS]:
             tile, part = tile_and_part(item, tiles)
@@ -4435,7 +4510,7 @@ def stream_tokens(ring, first, x_stages, x_steps, step_words, barriers, plan, ma
     x_steps steps at once. They come with the copy engine, once the meeting has been that says they
     are there. One token comes out of shared memory, where this thread block's consumers normed it
     or joined its attention, or by mail."""
-    lane, item, x_stage, parity = thread_index() % WARP, cuda.blockIdx.x, 0, uint32(1)
+    lane, item, x_stage, parity = thread_index() % WARP, cuda.blockIdx.x, uint32(0), uint32(1)
     x_stage_words, num_splits = x_steps * step_words, int64(load_word(splits, B))
     # only in the kernel for the fewest, so that the others do not contain what they never do
     alone = step_words == DECODE_TOKENS[0] * 32 and B == 1
@@ -4497,10 +4572,14 @@ def make_attend_stages(D, N):
                                    # 64, four warps would have nothing to do with 256
     TILES, HALVES, CHUNKS = KEYS // TILE, TILE // 16, D // 8   # CHUNKS: 16-byte pieces of a token
     TURNS = DECODE_WARPS // TILES                      # stages from one tile of a warp to its next
-    add_scores, store_sums, joined, join_warps = make_attention_sums(D, HALVES, IN_ORDER=True)
+    # more than one split for an item: a kernel for few tokens does not contain it
+    run = run_of(N)
+    add_scores, store_sums, joined, join_warps, join_run = make_attention_sums(D, HALVES,
+                                                                               IN_ORDER=True)
     SCORES, WEIGHTS = HALVES * 8, HALVES * 4           # registers of a tile's
     Q_WORDS, OUTS = D // 16 * 4, D // 8 * 4            # registers of queries and of sums
     HEAD_TERMS = MAX_PARTS * 4
+    KEPT = 4 * RUN * ceil_div(16 * (D // 2), CONSUMERS)        # see join_run, of 16 heads at most
 
     @cuda.jit(device=True)
     def place_of(row, chunk, values, box):
@@ -4510,11 +4589,12 @@ def make_attend_stages(D, N):
         return chunk // 8 * (KEYS * 64) + line * 32 + ((chunk ^ line) & 7) * 4
 
     @cuda.jit(device=True)
-    def look_up(item, G, seq_lens, splits, slots):
-        """Of an item: request, first key, end, length of the context, split and KV head, and the
+    def look_up(item, items, stride, G, seq_lens, splits, run, slots):
+        """Of an item: request, first key, end, length of the context, piece and KV head, and the
         slot of the context's last token, which is new. Each lane of a warp asks for another of the
         thread block's next 32 items: one after another this would take longer than the items."""
-        b, j, g, key, end, S = locate(item, G, seq_lens, splits, SPLIT)
+        b, j, g, key, end, S = locate(in_turns(item, items, stride, run), G, seq_lens, splits,
+                                      SPLIT, run)
         return (uint32(b), uint32(key), uint32(end), uint32(S), uint32(j), uint32(g),
                 load_word(slots, b))
 
@@ -4720,6 +4800,7 @@ def make_attend_stages(D, N):
         x = cuda.local.array(SCORES, float32)
         p = cuda.local.array(WEIGHTS, uint32)
         acc = cuda.local.array(OUTS, float32)
+        kept = cuda.local.array(KEPT, float32)
         m = cuda.local.array(2, float32)
         l = cuda.local.array(2, float32)
         tid, stride = thread_index(), cuda.gridDim.x
@@ -4727,14 +4808,14 @@ def make_attend_stages(D, N):
         own, own_turn = warp % TILES, warp // TILES            # this warp's tile, and which stage's
         scale, G, H = LOG2E / math.sqrt(float32(D)), k_cache.shape[2], out.shape[1]
         B, R = seq_lens.shape[0], int64(divide(uint32(H), uint32(G)))
-        box = min(k_cache.shape[1], KEYS)
+        longest, box = uint32(longest_run(G, SPLIT, run)), min(k_cache.shape[1], KEYS)
         # see sum_words_of
         fetched_words = (num_parts * (R + 2) + R + 1) * D
         fetched = max(DECODE_WARPS * R * (D + 2), fetched_words)
         group, group_words = fetched + fetched_words, (R + 2) * (D // 2)
         turn = 0                           # lane n knows the n-th item from here on
         all_b, all_keys, all_ends, all_S, all_j, all_g, all_slots = look_up(
-            item + lane * stride, G, seq_lens, splits, slots)
+            item + lane * stride, items, stride, G, seq_lens, splits, run, slots)
         if item < items and not mailed:
             gather(arrivals, made)
         for n in range(2):
@@ -4765,46 +4846,54 @@ def make_attend_stages(D, N):
                 fetch_group(sums, fetched, CONSUMERS - 1 - tid, int64(shuffle(all_b, ahead)),
                             int64(shuffle(all_g, ahead)), int64(shuffle(all_S, ahead)) - 1, B, R, G,
                             parts, num_parts, cos, sin)
-            for side in range(2):
-                m[side], l[side] = NEG_INF, ZERO
-            for i in range(OUTS):
-                acc[i] = ZERO
-            used = uint32(0)               # stages of this item so far
-            while k < end:
-                tile_key, here = uint32(k + own * TILE), used % TURNS == own_turn
-                # subtle: a stage that this warp has no use for it need not see filled, for all are
-                # done with the items before; but if the item comes round to it again, each filling,
-                # or it would take this one for the next
-                if here or used >= stages or k + stages * KEYS < end:
-                    await_barrier(barriers, stage, parity)
-                if here and tile_key < end:
-                    at, newest = first + stage * STAGE_WORDS, tile_key + TILE >= S
-                    if newest:             # the tile with this step's token
-                        patch_tile(ring, at, own * TILE + int64(S - 1 - tile_key), box,
-                                   new + R * (D // 2), keys)
-                    add_tile(acc, m, l, q, ring, at, own * TILE, box, x, p, keys, values, R,
-                             int64(tile_key), int64(end), scale, out)
-                    if newest:
-                        fence_shared()     # before the copy engine fills this place again
-                    meet_warp()            # else a stage is given back that a lane still reads
+            split_end, more = end, True
+            while more:
+                if run > 1 and S <= longest:
+                    split_end = min(uint32(k + uint32(SPLIT)), end)
+                for side in range(2):
+                    m[side], l[side] = NEG_INF, ZERO
+                for i in range(OUTS):
+                    acc[i] = ZERO
+                used = uint32(0)               # stages of this split so far
+                while k < split_end:
+                    tile_key, here = uint32(k + own * TILE), used % TURNS == own_turn
+                    # subtle: a stage that this warp has no use for it need not see filled, for all
+                    # are done with the splits before; but if this one comes round to it again, each
+                    # filling, or it would take this one for the next
+                    if here or used >= stages or k + stages * KEYS < split_end:
+                        await_barrier(barriers, stage, parity)
+                    if here and tile_key < split_end:
+                        at, newest = first + stage * STAGE_WORDS, tile_key + TILE >= S
+                        if newest:             # the tile with this step's token
+                            patch_tile(ring, at, own * TILE + int64(S - 1 - tile_key), box,
+                                       new + R * (D // 2), keys)
+                        add_tile(acc, m, l, q, ring, at, own * TILE, box, x, p, keys, values, R,
+                                 int64(tile_key), int64(split_end), scale, out)
+                        if newest:
+                            fence_shared()     # before the copy engine fills this place again
+                        meet_warp()            # else a stage is given back that a lane still reads
+                    if lane == 0:
+                        barrier_arrive(barriers, EMPTY + stage)
+                    stage, parity = next_stage(stage, parity, stages)
+                    k, used = uint32(k + KEYS), uint32(used + 1)
+                # else sums are overwritten that another warp still joins
+                await_barrier(barriers, JOINED, joined_parity)
+                store_sums(sums, acc, m, l, R, scale)
+                meet(1, CONSUMERS)             # else a warp's sums are read before they are written
+                if N == DECODE_TOKENS[0] and items == G:
+                    mail_heads(mail, o_mail, stamp, sums, int64(g), R, out)
+                elif N == DECODE_TOKENS[0] and B == 1 and items <= MAIL_SPLITS * G:
+                    mail_split(mail, o_mail, stamp, sums, int64(j), int64(g), H, R)
+                elif run > 1 and SPLIT < S <= longest:
+                    join_run(out, kept, sums, int64(b), int64(g), uint32(k - 1) // SPLIT, k >= end,
+                             R)
+                else:
+                    join_warps(out, partial, sums, int64(b), int64(g), int64(j), R, only)
+                more = run > 1 and k < end
+                meet_warp()
                 if lane == 0:
-                    barrier_arrive(barriers, EMPTY + stage)
-                stage, parity = next_stage(stage, parity, stages)
-                k, used = uint32(k + KEYS), uint32(used + 1)
-            # else sums are overwritten that another warp still joins
-            await_barrier(barriers, JOINED, joined_parity)
-            store_sums(sums, acc, m, l, R, scale)
-            meet(1, CONSUMERS)             # else a warp's sums are read before they are written
-            if N == DECODE_TOKENS[0] and items == G:
-                mail_heads(mail, o_mail, stamp, sums, int64(g), R, out)
-            elif N == DECODE_TOKENS[0] and B == 1 and items <= MAIL_SPLITS * G:
-                mail_split(mail, o_mail, stamp, sums, int64(j), int64(g), H, R)
-            else:
-                join_warps(out, partial, sums, int64(b), int64(g), int64(j), R, only)
-            meet_warp()
-            if lane == 0:
-                barrier_arrive(barriers, JOINED)
-            joined_parity = uint32(joined_parity ^ uint32(1))
+                    barrier_arrive(barriers, JOINED)
+                joined_parity = uint32(joined_parity ^ uint32(1))
             if item + 2 * stride < items:
                 rotate_group(ring, new, sums, fetched, CONSUMERS - 1 - tid,
                              int64(shuffle(all_b, ahead)), int64(shuffle(all_g, ahead)),
@@ -4815,7 +4904,7 @@ def make_attend_stages(D, N):
             if turn == WARP - 2:           # no lane knows the item after the next
                 turn = 0
                 all_b, all_keys, all_ends, all_S, all_j, all_g, all_slots = look_up(
-                    item + lane * stride, G, seq_lens, splits, slots)
+                    item + lane * stride, items, stride, G, seq_lens, splits, run, slots)
         return item - items, stage, parity, joined_parity
     return attend_stages
 
@@ -4839,7 +4928,7 @@ def make_forward_decode(D, N):
     """The kernel for one head_dim and up to N tokens."""
     attend_stages, wgmma = make_attend_stages(D, N), WGMMA[columns_of(N)].add
     wgmma_wait, COLUMNS = WGMMA[columns_of(N)].wait, columns_of(N)
-    KEYS, ACCUMULATORS = keys_of_stage(D), COLUMNS // 2
+    KEYS, ACCUMULATORS, run = keys_of_stage(D), COLUMNS // 2, run_of(N)
     X_STEPS, X_STAGE_WORDS = x_steps_of(N), x_stage_words_of(N)
     NORM_TERMS, PAIR_TERMS = MAX_PARTS * 8, MAX_PARTS * 2
     SLOW = 1 if N <= MAIL_TOKENS else 2    # more tokens take longer with a stage
@@ -5072,8 +5161,9 @@ def make_forward_decode(D, N):
         lane, warp = tid % WARP, tid // WARP
         B, H, G, num_matrices = x.shape[0], o.shape[1], kv_cache.shape[4], kv_cache.shape[1] * 4 + 1
         a_rows = first + warp // 4 * 64 * 32               # of this warpgroup, in stage 0
-        first_x_stage, used_stage, used_x_stage = first + stages * STAGE_WORDS, 0, 0
-        item, stage, parity, x_stage, x_parity = cuda.blockIdx.x, 0, uint32(0), 0, uint32(0)
+        first_x_stage = first + stages * STAGE_WORDS
+        item, stage, parity = cuda.blockIdx.x, uint32(0), uint32(0)
+        x_stage, x_parity = uint32(0), uint32(0)
         joined_parity = uint32(1)          # before its first phase ends, that of parity 1 has ended
         num_splits = int64(load_word(splits, B))
         items = num_splits * G                                 # of attention
@@ -5091,7 +5181,7 @@ def make_forward_decode(D, N):
                     item, kv_cache[0, layer], kv_cache[1, layer], parts, plan[QKV, PARTS], mail,
                     qkv_mailed, stamp, o_mail, arrivals, meeting + QKV_MADE, cos, sin, slots,
                     seq_lens, items, splits)
-                if num_splits > B:         # some context has several splits
+                if num_splits > B:         # some context is in several pieces
                     mailed = alone and num_splits <= MAIL_SPLITS
                     if mailed:
                         meet(1, CONSUMERS)                     # else sums are overwritten that
@@ -5136,6 +5226,7 @@ def make_forward_decode(D, N):
                 # these go through more stages than the ring holds; before the others it has filled
                 pace[0] = FAST if kind >= GATE_UP else SLOW
             while item < plan[kind, ITEMS]:
+                used_stage, used_x_stage = stage, x_stage
                 for i in range(ACCUMULATORS):
                     acc[i], acc_far[i] = ZERO, ZERO
                 for chunk in range(0, steps, X_STEPS):
@@ -5194,7 +5285,7 @@ def make_forward_decode(D, N):
                                                          one), attention, activations
         kv_cache   (2, L, blocks, P, G, D)    as x       a slot for each token written, context read
         parts            (parts_size,)        f32        workspace: parts of a matmul's sums
-        partial          (J, H, D+2)          f32        workspace of contexts of several splits
+        partial          (J, H, D+2)          f32        workspace of contexts in several pieces
         mail             (mail_size,)         u64        workspace: words and stamps, see send
         arrivals         (8L+3,)              u32        0 before and after: thread blocks that came
                                                          to each meeting, and that left; last how
@@ -5254,7 +5345,7 @@ def make_forward_decode(D, N):
             if tid < CONSUMERS + WARP:     # weights were there before all other kernels
                 stream_weights(ring, first, stages, barriers, plan, pace, maps, num_matrices, D,
                                KEYS, kv_cache.shape[4], kv_cache.shape[3], block_tables, rows,
-                               seq_lens, splits)
+                               seq_lens, splits, run)
             elif tid < CONSUMERS + 2 * WARP:
                 wait_for_inputs()
                 stream_tokens(ring, first + stages * STAGE_WORDS, num_x_stages, X_STEPS, N * 32,
@@ -5431,7 +5522,7 @@ def rope_write_kv_example(rng, elements, T, H, G, D, P):
     return [qkv, k_cache, v_cache, cos, sin, positions, slots]
 
 
-def attention_example(rng, elements, H, G, D, P, contexts, queries, split=SPLIT):
+def attention_example(rng, elements, H, G, D, P, contexts, queries, split=SPLIT, run=1):
     """Requests with these contexts, of which the last `queries` tokens are this step's. Their
     blocks lie anywhere, and slots that hold no token hold NaN. Values rise along a context, so that
     a part of it that is missing, or read twice, shows in every channel."""
@@ -5444,7 +5535,7 @@ def attention_example(rng, elements, H, G, D, P, contexts, queries, split=SPLIT)
         for cache, rise in ((k_cache, 0), (v_cache, 30)):
             along = np.linspace(0, rise, S, dtype=np.float32)[:, None, None]
             cache.reshape(-1, G, D)[slots] = lively(rng, S, G, D) / np.float32(5) + along
-    splits = lay_out_splits(contexts, G, split)
+    splits = lay_out_splits(contexts, G, split, run)
     return [elements(unwritten(T, H, D)), elements(lively(rng, T, H + 2 * G, D)),
             elements(k_cache), elements(v_cache), tables, rows,
             np.cumsum([0, *queries], dtype=np.int32), np.array(contexts, np.int32), splits,
@@ -5493,7 +5584,7 @@ def sample_tokens_example(rng, elements, B, V, chunks=MAX_CHUNKS):
 
 def begin_decode_example(rng, elements, B, P):
     # of contexts of over 512 tokens the splits are longer: two of each are allowed
-    split, G, longest = 256, SPLIT_ITEMS // 2, 768
+    split, G, longest, run = 256, SPLIT_ITEMS // 2, 768, 1 + B % 2
     state = rng.integers(0, longest, (B + 2, 2)).astype(np.int32)
     rows = rng.permutation(B + 2)[:B].astype(np.int32)                 # may include nobody's row
     state[-1] = 0
@@ -5501,14 +5592,14 @@ def begin_decode_example(rng, elements, B, P):
     splits = np.full(B + 1 + B * 3, -1, np.int32)
     outputs = [np.full(B, -1, np.int32) for _ in range(4)]
     tables = rng.integers(0, 99, (B + 2, longest // P)).astype(np.int32)
-    return [*outputs, splits, inputs, state, tables, P, G, split]
+    return [*outputs, splits, inputs, state, tables, P, G, split, run]
 
 
 def forward_decode_example(rng, elements, L, H, G, D, C, F, V, P, contexts, greedy=False):
     """Weights are small, as trained ones are, and one matrix is different from the next."""
     B = len(contexts)
     _, _, k_cache, v_cache, tables, rows, _, seq_lens, splits, partial = attention_example(
-        rng, lambda a: a, H, G, D, P, contexts, (1,) * B)
+        rng, lambda a: a, H, G, D, P, contexts, (1,) * B, run=run_of(B))
     # a cache for each layer, the layers before upside down; the new token's slot is unwritten
     caches = np.stack([[cache * (-1) ** l for l in range(L)] for cache in (k_cache, v_cache)])
     for row, S in zip(rows, contexts):
@@ -5641,6 +5732,9 @@ MANY_TOKENS = () if SIMULATOR else (
     dict(L=2, contexts=(17000,), **ONE_STEP, **WIDE),
     dict(L=2, contexts=(9000,), **ONE_STEP, **WIDE | dict(G=8)),
     dict(L=1, contexts=(9000, 500, 3, 700), **ONE_STEP, **WIDE | dict(G=8)),
+    # whole contexts of up to four splits, others in pieces; more than a thread block takes at once
+    dict(L=2, contexts=(600, 2048, 2049, 1, 513, 1537, 9000) * 10, **ONE_STEP, **WIDE),
+    dict(L=1, contexts=(1300, 40) * 65, **ONE_STEP | dict(D=128), **WIDE | dict(H=32, G=8)),
     # items of 16 stages, of which the largest kernel has room for fewer
     dict(L=1, contexts=(600,) * 200, **ONE_STEP | dict(D=128), **WIDE))
 # more items than lanes, for the simulator's one thread block; blocks of more tokens than a stage
@@ -5651,7 +5745,8 @@ LARGE_BLOCKS = dict(L=1, D=64, V=64, P=256, C=64, F=64) | (
     dict(contexts=(9000, 3, 6000), H=8, G=8))
 STEPS_OF_DECODE = (dict(L=2, contexts=(90,), **ONE_STEP, **WIDE), *MANY_TOKENS, MANY_ITEMS,
                    LARGE_BLOCKS,
-                   dict(L=2, contexts=(7, 70, 3, 2, 1, 5, 6, 9, 4), **ONE_STEP, **WIDE))
+                   # whole contexts of two splits, and one in pieces
+                   dict(L=2, contexts=(7, 70, 3, 200, 1, 5, 128, 9, 4), **ONE_STEP, **WIDE))
 TENSOR = dict(types=("float16", "bfloat16"), needs=(8, 0))
 HOPPER = dict(types=("float16", "bfloat16"), needs=(9, 0))
 SCRATCH, PARTIAL = dict(workspace=(3,)), dict(workspace=(9,))

@@ -976,7 +976,8 @@ def test_on_the_gpu_the_company_changes_no_bit(tmp_path):
     kernel of a decode step), chunked, and from the prefix cache."""
     pytest.importorskip("torch")
     directory = real_checkpoint(tmp_path, "1B")
-    prompts = [prompt_ids(length, 128256, seed=length) for length in (1, 15, 16, 17, 64, 200, 700)]
+    prompts = [prompt_ids(length, 128256, seed=length)
+               for length in (1, 15, 16, 17, 64, 200, 700, 1600)]
     params = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True, logprobs=0)
 
     def answers(engine, prompts):
@@ -984,7 +985,7 @@ def test_on_the_gpu_the_company_changes_no_bit(tmp_path):
                                   use_tqdm=False)
         return [[(token, entry[token].logprob)
                  for token, entry in zip(o["token_ids"], o["logprobs"])] for o in outputs]
-    options = dict(device="cuda", max_model_len=1024, max_num_seqs=200)
+    options = dict(device="cuda", max_model_len=2048, max_num_seqs=200)
     engine = Engine(directory, **options, enable_prefix_caching=False)
     assert engine.rung == "persistent"
     expected = [answers(engine, [ids])[0] for ids in prompts]
@@ -1311,6 +1312,12 @@ def test_the_last_layer_ends_with_one_token_of_each_request(checkpoints, monkeyp
     params = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=prompt_logprobs)
     engine.generate([{"prompt_token_ids": prompt_ids(20)}], params)
     assert taken == lengths
+
+
+def test_contexts_that_are_whole_are_shared_out_in_turns():
+    items = [int(kernels.in_turns.py_func(item, 9, 4, 2)) for item in range(9)]
+    assert items == [0, 1, 2, 3, 7, 6, 5, 4, 8]
+    assert [int(kernels.in_turns.py_func(item, 9, 4, 1)) for item in range(9)] == list(range(9))
 
 
 def test_min_tokens_holds_back_every_way_to_stop(demo):

@@ -2136,7 +2136,8 @@ class Engine:
         self.ops.begin_decode(step.tokens[first:end], step.positions[first:end],
                               step.slots[first:end], step.seq_lens[first:end], self.splits,
                               step.inputs[:, first:end], self.state, self.block_tables,
-                              self.block_size, self.cfg.num_key_value_heads, kernels.SPLIT)
+                              self.block_size, self.cfg.num_key_value_heads, kernels.SPLIT,
+                              kernels.run_of(end - first) if self.rung == "persistent" else 1)
 
     def decode_at_once(self, step: Step, first: int, end: int) -> None:
         """The logits of these requests, MAX_DECODE_TOKENS at most, by one kernel for all layers."""
