@@ -3036,9 +3036,9 @@ WHOLE = 1 << 30                            # a split that no context exceeds
 SPLIT_STEP = 64                            # what longer splits are a multiple of: whole stages
 SPLIT_ITEMS = 4 if SIMULATOR else 132      # of one context, at most: one for each multiprocessor of
                                            # an H100; not of this GPU, or its sums would differ
-RUN = 2 if SIMULATOR else 4                # splits of a context, at most, that one thread block
-                                           # takes as one item, of a step of more requests than
-FEW_REQUESTS = 8 if SIMULATOR else 64      # these: they have work enough for every thread block
+RUN = 2 if SIMULATOR else 4                # splits of a context, at most, that are one item of a
+                                           # thread block, if there are more requests than
+FEW_REQUESTS = 8 if SIMULATOR else 64      # these: so many have an item for every thread block
 MAX_REQUESTS = 4096                        # of one step
 DECODE_THREAD_BLOCKS = 3 if SIMULATOR else 264         # two for each multiprocessor of an H100
 
@@ -3062,9 +3062,10 @@ def split_size_int(S, G, split):
                * SPLIT_STEP)
 
 
-def run_of(tokens):
-    """The splits that may be one item in a step of so many requests, or in the kernel for them."""
-    return RUN if tokens > FEW_REQUESTS else 1
+def run_of(tokens, D):
+    """The splits that may be one item in a step of so many requests, or in the kernel for them. Of
+    wider heads the kernel has no registers left for it."""
+    return RUN if tokens > FEW_REQUESTS and D == 64 else 1
 
 
 def piece_size(S, G, split, run):
@@ -3075,8 +3076,8 @@ def piece_size(S, G, split, run):
 
 @cuda.jit(device=True)
 def longest_run(G, split, run):
-    """Tokens of the longest context that is one item of several splits; all of these have `split`
-    tokens but the last."""
+    """Tokens of the longest context that is one item; its splits are of `split` tokens but for the
+    last."""
     return split * min(run, max(1, int64(divide(uint32(SPLIT_ITEMS), uint32(G)))))
 
 
@@ -3123,8 +3124,8 @@ def locate(item, G, seq_lens, splits, split, run):
 
 @cuda.jit(device=True)
 def in_turns(item, items, stride, run):
-    """Which of so many items a thread block takes in its item // stride-th turn. Where contexts are
-    whole, the longest first, every second turn goes the other way round, or the first thread block
+    """Which of so many items a thread block takes in its item // stride-th turn. Whole contexts
+    come the longest first: so every second turn goes the other way round, or the first thread block
     would have the longest of each."""
     turn = uint32(0)
     if run > 1:
@@ -3210,7 +3211,7 @@ def make_attention_sums(D, HALVES, IN_ORDER):
 
     @cuda.jit(device=True)
     def join_warps(out, partial, sums, b, g, j, R, only):
-        """The attention of request b and KV head g itself if j is the context's only split,
+        """The attention of request b and KV head g itself if this is the context's `only` split,
         otherwise a part of it."""
         i, H = uint32(thread_index()), out.shape[1]
         while i < R * (D // 2):            # in 32 bits: range takes 64, twice the instructions
@@ -3237,9 +3238,9 @@ def make_attention_sums(D, HALVES, IN_ORDER):
 
     @cuda.jit(device=True)
     def join_run(out, kept, sums, b, g, n, last, R):
-        """The n-th split of a context whose splits are one item: its sums are kept by the thread
-        that joins them, of each (o, next o, m, l), and with the last they become the attention, by
-        the operations of merged_pair and so with the same bits."""
+        """The n-th split of a context whose splits are one item, IN_ORDER: its sums are kept by the
+        thread that joins them, of each (o, next o, m, l), and with the last they become the
+        attention, by the operations of merged_pair and so with the same bits."""
         i, at, H = uint32(thread_index()), 0, out.shape[1]
         while i < R * (D // 2):
             r, place = i // (D // 2), i % (D // 2) * 2
@@ -4393,7 +4394,7 @@ def stream_context(ring, first, stage, stages, parity, barriers, maps, item, lay
         next_g, next_k, next_end, next_n, next_blocks = open_context(
             turn, row, heads, keys, ends, P, block_tables)
         # invariant: a stage begins with a block or inside one, for P and its keys are powers of two
-        # and a split is whole stages
+        # and a piece is whole stages
         from_lane, left = uint32(0), uint32(end - k)
         token = uint32(uint32(k) & (block - uint32(1)))
         while left > 0:
@@ -4511,7 +4512,7 @@ def stream_tokens(ring, first, x_stages, x_steps, step_words, barriers, plan, ma
     are there. One token comes out of shared memory, where this thread block's consumers normed it
     or joined its attention, or by mail."""
     lane, item, x_stage, parity = thread_index() % WARP, cuda.blockIdx.x, uint32(0), uint32(1)
-    x_stage_words, num_splits = x_steps * step_words, int64(load_word(splits, B))
+    x_stage_words, num_pieces = x_steps * step_words, int64(load_word(splits, B))
     # only in the kernel for the fewest, so that the others do not contain what they never do
     alone = step_words == DECODE_TOKENS[0] * 32 and B == 1
     launches = load_word(arrivals, arrivals.shape[0] - 1)
@@ -4520,10 +4521,10 @@ def stream_tokens(ring, first, x_stages, x_steps, step_words, barriers, plan, ma
         tiles, steps, meeting = plan[kind, ROW_TILES], plan[kind, STEPS], layer * MEETINGS
         source, made_here, o_mailed = H_MAP, alone, False
         if kind == O:
-            source, made_here = O_MAP, alone and num_splits > 1
+            source, made_here = O_MAP, alone and num_pieces > 1
             o_mailed = alone and not made_here
             meeting += ATTENDED
-            items = num_splits * G                             # of attention
+            items = num_pieces * G                             # of attention
             while item < items:
                 item += cuda.gridDim.x
             item -= items
@@ -4572,8 +4573,7 @@ def make_attend_stages(D, N):
                                    # 64, four warps would have nothing to do with 256
     TILES, HALVES, CHUNKS = KEYS // TILE, TILE // 16, D // 8   # CHUNKS: 16-byte pieces of a token
     TURNS = DECODE_WARPS // TILES                      # stages from one tile of a warp to its next
-    # more than one split for an item: a kernel for few tokens does not contain it
-    run = run_of(N)
+    run = run_of(N, D)             # a kernel for few tokens does not contain what it needs for more
     add_scores, store_sums, joined, join_warps, join_run = make_attention_sums(D, HALVES,
                                                                                IN_ORDER=True)
     SCORES, WEIGHTS = HALVES * 8, HALVES * 4           # registers of a tile's
@@ -4787,8 +4787,9 @@ def make_attend_stages(D, N):
                       barriers, item, k_cache, v_cache, parts, num_parts, mail, mailed, stamp,
                       o_mail, arrivals, made, cos, sin, slots, seq_lens, items, splits):
         """Attention of this thread block's items, whose contexts stream_context brings. All warps
-        work on an item, a warp on every DECODE_WARPS-th tile of it; a stage without a tile of its
-        own a warp gives back unread, and of a short item before it is filled.
+        work on an item, or on its splits one after another, a warp on every DECODE_WARPS-th tile of
+        a split; a stage without a tile of its own a warp gives back unread, and of a short split
+        before it is filled. They meet after each.
 
         Behind the sums lie the parts of a group, as fetched, and two groups: while the first
         threads join the sums of an item, the last ones rotate for the item after the next, whose
@@ -4800,7 +4801,7 @@ def make_attend_stages(D, N):
         x = cuda.local.array(SCORES, float32)
         p = cuda.local.array(WEIGHTS, uint32)
         acc = cuda.local.array(OUTS, float32)
-        kept = cuda.local.array(KEPT, float32)
+        kept = cuda.local.array(KEPT, float32)             # in local memory: its index is a number
         m = cuda.local.array(2, float32)
         l = cuda.local.array(2, float32)
         tid, stride = thread_index(), cuda.gridDim.x
@@ -4928,7 +4929,7 @@ def make_forward_decode(D, N):
     """The kernel for one head_dim and up to N tokens."""
     attend_stages, wgmma = make_attend_stages(D, N), WGMMA[columns_of(N)].add
     wgmma_wait, COLUMNS = WGMMA[columns_of(N)].wait, columns_of(N)
-    KEYS, ACCUMULATORS, run = keys_of_stage(D), COLUMNS // 2, run_of(N)
+    KEYS, ACCUMULATORS, run = keys_of_stage(D), COLUMNS // 2, run_of(N, D)
     X_STEPS, X_STAGE_WORDS = x_steps_of(N), x_stage_words_of(N)
     NORM_TERMS, PAIR_TERMS = MAX_PARTS * 8, MAX_PARTS * 2
     SLOW = 1 if N <= MAIL_TOKENS else 2    # more tokens take longer with a stage
@@ -5165,8 +5166,8 @@ def make_forward_decode(D, N):
         item, stage, parity = cuda.blockIdx.x, uint32(0), uint32(0)
         x_stage, x_parity = uint32(0), uint32(0)
         joined_parity = uint32(1)          # before its first phase ends, that of parity 1 has ended
-        num_splits = int64(load_word(splits, B))
-        items = num_splits * G                                 # of attention
+        num_pieces = int64(load_word(splits, B))
+        items = num_pieces * G                                 # of attention
         # one of them for a thread block at most, which then gets queries, key and value by mail. N:
         # so that kernels for more tokens do not contain what they never do
         qkv_mailed = N <= MAIL_TOKENS and items <= cuda.gridDim.x
@@ -5181,8 +5182,8 @@ def make_forward_decode(D, N):
                     item, kv_cache[0, layer], kv_cache[1, layer], parts, plan[QKV, PARTS], mail,
                     qkv_mailed, stamp, o_mail, arrivals, meeting + QKV_MADE, cos, sin, slots,
                     seq_lens, items, splits)
-                if num_splits > B:         # some context is in several pieces
-                    mailed = alone and num_splits <= MAIL_SPLITS
+                if num_pieces > B:         # some context is in several pieces
+                    mailed = alone and num_pieces <= MAIL_SPLITS
                     if mailed:
                         meet(1, CONSUMERS)                     # else sums are overwritten that
                     else:                                      # another warp still joins
@@ -5599,7 +5600,7 @@ def forward_decode_example(rng, elements, L, H, G, D, C, F, V, P, contexts, gree
     """Weights are small, as trained ones are, and one matrix is different from the next."""
     B = len(contexts)
     _, _, k_cache, v_cache, tables, rows, _, seq_lens, splits, partial = attention_example(
-        rng, lambda a: a, H, G, D, P, contexts, (1,) * B, run=run_of(B))
+        rng, lambda a: a, H, G, D, P, contexts, (1,) * B, run=run_of(B, D))
     # a cache for each layer, the layers before upside down; the new token's slot is unwritten
     caches = np.stack([[cache * (-1) ** l for l in range(L)] for cache in (k_cache, v_cache)])
     for row, S in zip(rows, contexts):
@@ -5734,8 +5735,8 @@ MANY_TOKENS = () if SIMULATOR else (
     dict(L=1, contexts=(9000, 500, 3, 700), **ONE_STEP, **WIDE | dict(G=8)),
     # whole contexts of up to four splits, others in pieces; more than a thread block takes at once
     dict(L=2, contexts=(600, 2048, 2049, 1, 513, 1537, 9000) * 10, **ONE_STEP, **WIDE),
-    dict(L=1, contexts=(1300, 40) * 65, **ONE_STEP | dict(D=128), **WIDE | dict(H=32, G=8)),
-    # items of 16 stages, of which the largest kernel has room for fewer
+    dict(L=1, contexts=(1300, 40) * 65, **ONE_STEP, **WIDE | dict(H=64)),
+    # splits of 16 stages, of which the largest kernel has room for fewer
     dict(L=1, contexts=(600,) * 200, **ONE_STEP | dict(D=128), **WIDE))
 # more items than lanes, for the simulator's one thread block; blocks of more tokens than a stage
 MANY_ITEMS = dict(L=1, contexts=(3, 1, 2, 9, 4, 5, 6), D=64, V=64, P=64, H=5, G=5, C=64, F=64)
@@ -5746,7 +5747,8 @@ LARGE_BLOCKS = dict(L=1, D=64, V=64, P=256, C=64, F=64) | (
 STEPS_OF_DECODE = (dict(L=2, contexts=(90,), **ONE_STEP, **WIDE), *MANY_TOKENS, MANY_ITEMS,
                    LARGE_BLOCKS,
                    # whole contexts of two splits, and one in pieces
-                   dict(L=2, contexts=(7, 70, 3, 200, 1, 5, 128, 9, 4), **ONE_STEP, **WIDE))
+                   dict(L=2, contexts=(7, 70, 3, 200, 1, 5, 128, 9, 4), **ONE_STEP,
+                        **WIDE | dict(H=6 if SIMULATOR else 16)))
 TENSOR = dict(types=("float16", "bfloat16"), needs=(8, 0))
 HOPPER = dict(types=("float16", "bfloat16"), needs=(9, 0))
 SCRATCH, PARTIAL = dict(workspace=(3,)), dict(workspace=(9,))

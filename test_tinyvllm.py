@@ -150,7 +150,7 @@ def all_logits(engine, ids):
     engine.add_request("logits", {"prompt_token_ids": ids}, GREEDY)
     batch = engine.schedule()
     engine.start(batch)
-    engine.complete(engine.pack_prefill(batch))
+    engine.finish_all_tokens(engine.pack_prefill(batch))
     indices = np.arange(len(ids), dtype=np.int32)
     logits = np.concatenate([
         engine.place.download(engine.logits_of(engine.on_device(part), len(part))).copy()
@@ -508,6 +508,32 @@ def test_a_greedy_step_leaves_the_largest_of_the_same_logits(dims):
     assert (largest_at[:, 0] == 0).all()
     twins = twin_of(row, row.twin, arguments)[1]
     np.testing.assert_allclose(largest, twins, rtol=0, atol=0.05 * np.abs(logits[:, :-1]).max())
+
+
+def test_a_context_has_the_same_bits_alone_and_as_one_item_of_many():
+    """Of one, two, four or more splits: alone each is an item, in company up to RUN are one."""
+    row = next(row for row in kernels.KERNELS if row.name == "forward_decode")
+    if not runs_here(row):
+        pytest.skip("this GPU has no such kernel")
+    # one sum rounded otherwise changes one element in thousands: the GPU takes many and wide ones
+    S, crowd, dims = kernels.SPLIT, range(1, 9), dict(H=6, G=1, C=64, F=64, V=64)
+    if HAS_GPU:
+        crowd, dims = range(S + 1, S + 1 + 64 * 23, 23), dict(H=64, G=4, C=1024, F=2048, V=128)
+    contexts = (S + 6, 2 * S, 2 * S + 9, kernels.RUN * S, kernels.RUN * S + 1, *crowd)
+    assert len(contexts) > kernels.FEW_REQUESTS
+    arguments = row.example(np.random.default_rng(0), to_elements("bfloat16"), L=1, D=64, P=16,
+                            contexts=contexts, **dims)
+
+    def logits_of(arguments):
+        on_device = [cuda.to_device(a.copy()) if isinstance(a, np.ndarray) else a
+                     for a in arguments]
+        kernels.forward_decode(*on_device)
+        return on_device[0].copy_to_host()
+    together = logits_of(arguments)
+    for b in range(len(contexts) if HAS_GPU else 5):
+        own = [a[b:b + 1] if i < 7 or 12 <= i < 16 else a for i, a in enumerate(arguments)]
+        own[16] = kernels.lay_out_splits(contexts[b:b + 1], dims["G"], S)
+        np.testing.assert_array_equal(logits_of(own)[0], together[b])
 
 
 @pytest.mark.skipif(HAS_GPU, reason="on a GPU rings and contexts are as long as they are")
@@ -1312,6 +1338,27 @@ def test_the_last_layer_ends_with_one_token_of_each_request(checkpoints, monkeyp
     params = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=prompt_logprobs)
     engine.generate([{"prompt_token_ids": prompt_ids(20)}], params)
     assert taken == lengths
+
+
+def test_a_report_counts_what_a_step_computes_and_reads(checkpoints):
+    engine, reports = Engine(checkpoints("gqa"), max_num_batched_tokens=12), []
+    engine.on_step = reports.append
+    engine.generate([{"prompt_token_ids": prompt_ids(20)}],
+                    SamplingParams(temperature=0, max_tokens=2, ignore_eos=True))
+    cfg = engine.cfg
+    C, heads, keys = cfg.hidden_size, cfg.num_attention_heads, cfg.num_key_value_heads
+    D, lm_head = cfg.head_dim, cfg.vocab_size * C
+    qkv, rest = (heads + 2 * keys) * D * C, (heads * D + 3 * cfg.intermediate_size) * C
+
+    def flops(tokens, pairs, asked, last_pairs):
+        return (2 * tokens * (2 * qkv + rest) + 2 * asked * (rest + lm_head)
+                + 4 * heads * D * (pairs + last_pairs))
+    chunk, end, decode = reports
+    assert chunk.flops == flops(12, 12 * 13 // 2, 0, 0)
+    assert end.flops == flops(8, 20 * 21 // 2 - 12 * 13 // 2, 1, 20)
+    assert decode.flops == flops(1, 21, 1, 21)
+    assert chunk.bytes == 4 * (2 * qkv + rest + 2 * keys * D * 12)
+    assert end.bytes == 4 * (2 * (qkv + rest) + lm_head + 2 * 2 * keys * D * 20)
 
 
 def test_contexts_that_are_whole_are_shared_out_in_turns():

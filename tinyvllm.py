@@ -2133,11 +2133,11 @@ class Engine:
 
     def begin_decode(self, step: Step, first: int, end: int) -> None:
         """Tokens, positions, slots, lengths and splits of requests `first` to `end` of a step."""
+        run = kernels.run_of(end - first, self.cfg.head_dim) if self.rung == "persistent" else 1
         self.ops.begin_decode(step.tokens[first:end], step.positions[first:end],
                               step.slots[first:end], step.seq_lens[first:end], self.splits,
                               step.inputs[:, first:end], self.state, self.block_tables,
-                              self.block_size, self.cfg.num_key_value_heads, kernels.SPLIT,
-                              kernels.run_of(end - first) if self.rung == "persistent" else 1)
+                              self.block_size, self.cfg.num_key_value_heads, kernels.SPLIT, run)
 
     def decode_at_once(self, step: Step, first: int, end: int) -> None:
         """The logits of these requests, MAX_DECODE_TOKENS at most, by one kernel for all layers."""
@@ -2175,15 +2175,17 @@ class Engine:
                 self.finish_layer(l, step, x, heads, step.query_starts, step.kind == "decode")
         if step.kind != "chunk":
             last, last_heads = self.last[:B], self.last_qkv[:B]
-            ops.embedding(last, step.last_tokens, x)                      # a gather of rows of x
+            # a gather of rows: of decode all, of prefill the last of each request
+            ops.embedding(last, step.last_tokens, x)
             ops.embedding(last_heads.reshape(B, -1), step.last_tokens, qkv)
-            self.finish_layer(l, step, last, last_heads, self.starts[:B + 1], True)
+            self.finish_layer(len(layers) - 1, step, last, last_heads, self.starts[:B + 1], True)
             ops.add(last, self.delta[:B])
 
     def finish_layer(self, l: int, step: Step, x, heads, query_starts, few: bool) -> None:
         """The rest of layer l once keys and values are written: attention of the queries in heads
         (T, H + 2G, D), which is added to x (T, C), and of the sum the MLP, which is left in delta.
-        few: at most one query of each request."""
+        few: one row for each request, and not whenever there happen to be as many: the bits of a
+        row must not depend on the company."""
         ops, w, T = self.ops, self.weights.layers[l], len(x)
         matmul = ops.matmul_decode if few else ops.matmul
         matmul_silu_mul = ops.matmul_silu_mul_decode if few else ops.matmul_silu_mul
@@ -2199,20 +2201,21 @@ class Engine:
         matmul(delta, act, w.w_down)                                      # (T, F) -> (T, C)
 
     def compute_logits(self, B: int):
-        """Logits (B, V) of the first rows of `last`, at most max_num_seqs."""
+        """Logits (B, V) of the first B rows of `last`, at most max_num_seqs."""
         last, h, logits = self.last[:B], self.h[:B], self.logits[:B]
         self.ops.rmsnorm(h, last, self.weights.norm, self.cfg.rms_norm_eps)
         self.ops.matmul_decode(logits, h, self.weights.lm_head)           # (B, C) -> (B, V)
         return logits
 
-    def complete(self, step: Step) -> None:
-        """x (T, C) after the last layer, of all tokens of the prefill step that has just run."""
+    def finish_all_tokens(self, step: Step) -> None:
+        """x (T, C) after the last layer, of all tokens of the prefill step that has just run; once,
+        for it adds to x."""
         x, heads = self.x[:step.T], self.qkv[:step.T]
         self.finish_layer(len(self.weights.layers) - 1, step, x, heads, step.query_starts, False)
         self.ops.add(x, self.delta[:step.T])
 
     def logits_of(self, indices, B: int):
-        """Logits (B, V) of the tokens at `indices` (B,) of a complete step."""
+        """Logits (B, V) of the tokens at `indices` (B,) of a step, after finish_all_tokens."""
         self.ops.embedding(self.last[:B], indices, self.x)
         return self.compute_logits(B)
 
@@ -2340,6 +2343,9 @@ class Engine:
         layer = kernels.layer_size(H, G, D, cfg.hidden_size, cfg.intermediate_size)
         qkv, keys = (H + 2 * G) * D * cfg.hidden_size, sum(batch.seq_lens)     # keys are read once
         asked = len(batch.sequences) if batch.ready else 0     # rows through all of the last layer
+        read = (L - 1) * (layer + 2 * G * D * keys) + qkv
+        if asked:
+            read += layer - qkv + 2 * G * D * keys + lm_head
         pairs = sum(count * end - count * (count - 1) // 2
                     for count, end in zip(batch.counts, batch.seq_lens))      # of query and key
         started, ended = batch.started, batch.ended
@@ -2353,7 +2359,7 @@ class Engine:
             batch.preempted,
             len(self.waiting), len(self.allocator.ref_counts) - len(self.allocator.free),
             len(self.allocator.ref_counts),
-            (L * layer + lm_head + 2 * L * G * D * keys) * self.elements.itemsize,
+            read * self.elements.itemsize,
             2 * ((L - 1) * layer + qkv) * batch.num_tokens + 2 * (layer - qkv) * asked
             + 2 * lm_head * len(batch.ready)
             + 4 * H * D * ((L - 1) * pairs + (keys if asked else 0)),
@@ -2374,7 +2380,7 @@ class Engine:
 
     def score_prompts(self, batch: Batch, step: Step) -> None:
         """Appends the prompt logprobs of a chunk: position i predicts prompt token i + 1."""
-        start, complete = 0, False
+        start, finished = 0, False
         for seq, end, count in zip(batch.sequences, batch.seq_lens, batch.counts):
             wanted, scored = seq.params.prompt_logprobs, seq.request.prompt_logprobs
             ids, computed, start = seq.request.prompt_token_ids, end - count, start + count
@@ -2385,9 +2391,9 @@ class Engine:
             for i in range(first, last, self.max_num_seqs):
                 positions = np.arange(i, min(i + self.max_num_seqs, last), dtype=np.int32)
                 indices = self.on_device(positions - computed + start - count)
-                if not complete:
-                    self.complete(step)
-                    complete = True
+                if not finished:
+                    self.finish_all_tokens(step)
+                    finished = True
                 logits = self.place.download(self.logits_of(indices, len(positions)))
                 for position, row in zip(positions, logits):
                     scored.append(self.logprobs_of(row, ids[position + 1], wanted))
