@@ -5747,7 +5747,7 @@ LARGE_BLOCKS = dict(L=1, D=64, V=64, P=256, C=64, F=64) | (
 STEPS_OF_DECODE = (dict(L=2, contexts=(90,), **ONE_STEP, **WIDE), *MANY_TOKENS, MANY_ITEMS,
                    LARGE_BLOCKS,
                    # whole contexts of two splits, and one in pieces
-                   dict(L=2, contexts=(7, 70, 3, 200, 1, 5, 128, 9, 4), **ONE_STEP,
+                   dict(L=1, contexts=(7, 70, 3, 150, 1, 5, 128, 9, 4), **ONE_STEP,
                         **WIDE | dict(H=6 if SIMULATOR else 16)))
 TENSOR = dict(types=("float16", "bfloat16"), needs=(8, 0))
 HOPPER = dict(types=("float16", "bfloat16"), needs=(9, 0))

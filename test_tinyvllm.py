@@ -530,7 +530,7 @@ def test_a_context_has_the_same_bits_alone_and_as_one_item_of_many():
         kernels.forward_decode(*on_device)
         return on_device[0].copy_to_host()
     together = logits_of(arguments)
-    for b in range(len(contexts) if HAS_GPU else 5):
+    for b in range(len(contexts)) if HAS_GPU else (0, 3, 4):
         own = [a[b:b + 1] if i < 7 or 12 <= i < 16 else a for i, a in enumerate(arguments)]
         own[16] = kernels.lay_out_splits(contexts[b:b + 1], dims["G"], S)
         np.testing.assert_array_equal(logits_of(own)[0], together[b])
