@@ -3055,9 +3055,15 @@ def split_size(S, G, split):
 
 
 @cuda.jit(device=True)
+def most_splits_int(G):
+    """most_splits on the device."""
+    return max(1, int64(divide(uint32(SPLIT_ITEMS), uint32(G))))
+
+
+@cuda.jit(device=True)
 def split_size_int(S, G, split):
     """split_size on the device."""
-    most = max(1, int64(divide(uint32(SPLIT_ITEMS), uint32(G))))
+    most = most_splits_int(G)
     return max(split, int64(divide(uint32(S + SPLIT_STEP * most - 1), uint32(SPLIT_STEP * most)))
                * SPLIT_STEP)
 
@@ -3078,7 +3084,7 @@ def piece_size(S, G, split, run):
 def longest_run(G, split, run):
     """Tokens of the longest context that is one item; its splits are of `split` tokens but for the
     last."""
-    return split * min(run, max(1, int64(divide(uint32(SPLIT_ITEMS), uint32(G)))))
+    return split * min(run, most_splits_int(G))
 
 
 @cuda.jit(device=True)

@@ -468,8 +468,12 @@ def differences_from_twin(row, launcher, dims, dtype):
     return differences_in(row, launcher, arguments, dtype)
 
 
+def copied_to_device(arguments):
+    return [cuda.to_device(a) if isinstance(a, np.ndarray) else a for a in arguments]
+
+
 def differences_in(row, launcher, arguments, dtype):
-    on_device = [cuda.to_device(a) if isinstance(a, np.ndarray) else a for a in arguments]
+    on_device = copied_to_device(arguments)
     launcher(*on_device)
     ours = [widened(a.copy_to_host()) if isinstance(b, np.ndarray) else a
             for a, b in zip(on_device, arguments)]
@@ -495,7 +499,7 @@ def test_a_greedy_step_leaves_the_largest_of_the_same_logits(dims):
         lm_head = arguments[-3][-dims["V"] * dims["C"]:].reshape(dims["V"], dims["C"])
         lm_head[1:kernels.CHUNK] = lm_head[0]                  # of equal ones the first is right
         lm_head[-1, -1] = 0x7FC0                               # NaN
-        on_device = [cuda.to_device(a) if isinstance(a, np.ndarray) else a for a in arguments]
+        on_device = copied_to_device(arguments)
         kernels.forward_decode(*on_device)
         left.append([a.copy_to_host() for a in on_device[:3]])
     (logits, *untouched), (unwritten, largest, largest_at) = left
@@ -525,8 +529,7 @@ def test_a_context_has_the_same_bits_alone_and_as_one_item_of_many():
                             contexts=contexts, **dims)
 
     def logits_of(arguments):
-        on_device = [cuda.to_device(a.copy()) if isinstance(a, np.ndarray) else a
-                     for a in arguments]
+        on_device = copied_to_device(arguments)
         kernels.forward_decode(*on_device)
         return on_device[0].copy_to_host()
     together = logits_of(arguments)
