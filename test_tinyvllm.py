@@ -1028,7 +1028,7 @@ def test_on_the_gpu_the_company_changes_no_bit(tmp_path):
     chunked = Engine(directory, **options, max_num_batched_tokens=100)
     assert answers(chunked, prompts) == expected
     assert answers(chunked, prompts) == expected   # now from the prefix cache
-    assert chunked.generate([prompts[-1]], params)[0].num_cached_tokens == 688
+    assert chunked.generate([prompts[-1]], params)[0].num_cached_tokens == 1584
     eager = Engine(directory, **options, enforce_eager=True)
     assert answers(eager, prompts[:3]) == expected[:3]
 
@@ -1364,6 +1364,7 @@ def test_a_report_counts_what_a_step_computes_and_reads(checkpoints):
     assert end.bytes == 4 * (2 * (qkv + rest) + lm_head + 2 * 2 * keys * D * 20)
 
 
+@pytest.mark.skipif(HAS_GPU, reason="a device function, which only the simulator runs in Python")
 def test_contexts_that_are_whole_are_shared_out_in_turns():
     items = [int(kernels.in_turns.py_func(item, 9, 4, 2)) for item in range(9)]
     assert items == [0, 1, 2, 3, 7, 6, 5, 4, 8]
