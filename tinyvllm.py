@@ -31,7 +31,7 @@ import signal
 import subprocess
 import sys
 import time
-from array import array
+from array import array as machine_words
 from collections import Counter, OrderedDict, deque
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
@@ -226,7 +226,7 @@ def are_token_ids(ids: list, vocab_size: int) -> bool:
     if list(map(type, ids)).count(int) != len(ids):
         return False
     try:
-        return bool(np.asarray(array("I", ids)).max() < vocab_size)
+        return bool(np.asarray(machine_words("I", ids)).max() < vocab_size)
     except OverflowError:                              # below 0, or above 32 bits
         return False
 
@@ -2099,8 +2099,7 @@ class Engine:
         start, in_block = 0, np.arange(P, dtype=np.int32)
         for b, (seq, count, end) in enumerate(zip(batch.sequences, batch.counts, batch.seq_lens)):
             first, part = end - count, slice(start, start + count)
-            # through an array of machine words, which is faster than from a list
-            tokens[part] = array("I", seq.token_ids[first:end])
+            tokens[part] = machine_words("I", seq.token_ids[first:end])    # faster than the list
             positions[part] = np.arange(first, end)
             # all slots of the blocks that the chunk touches, less those before its first token
             blocks = np.array(seq.block_table[first // P:ceil_div(end, P)], np.int32)
