@@ -1886,7 +1886,7 @@ def make_matmul_wgmma(TILE_N, GATED):
 WGMMA_TILES = (64,) if SIMULATOR else (64, 128, 192, 256)
 MATMUL_WGMMA = {(TILE_N, gated): make_matmul_wgmma(TILE_N, gated)
                 for TILE_N in WGMMA_TILES for gated in (False, True)}
-TENSOR_MAPS = {}                           # on the device, never freed: see DECODE_TABLES
+TENSOR_MAPS = {}                           # on the device, never freed: see DECODE_MAPS
 
 
 def map_on_device(array, *description):
@@ -4125,9 +4125,13 @@ def begin_decode(tokens, positions, slots, seq_lens, splits, inputs, state, bloc
 # Thread blocks tell each other of their results at meetings: each counts itself in when its own are
 # written, and waits until all have. With few tokens these meetings, of two microseconds each, are
 # most of what a layer takes beyond the time of its weights. So what is little goes by mail, each
-# word with a stamp that says which layer of which step it is of; a single token's stream has owners
-# for each channel, who tell all, and every thread block norms it for itself, and joins those of its
-# splits that it needs; and while such news are due, the copies ahead take their time.
+# word with a stamp that says which layer of which step it is of; the stream of few tokens has
+# owners for each channel, who tell those who norm it; a single token every thread block norms for
+# itself, and joins those of its splits that it needs; and while such news are due, the copies ahead
+# take their time.
+#
+# Between two matmuls it is the length of the code that takes the time. So a kernel is compiled for
+# one model: all sizes but those of the batch are constants in it.
 #
 # A matmul is cut into items: 128 rows of a weight matrix, a tile, by all of its K or a part of it.
 # A thread block takes every gridDim.x-th item and goes on from one matrix to the next without a
@@ -4139,7 +4143,7 @@ DECODE_GROUPS = DECODE_WARPS // 4          # warpgroups of consumers; each has 6
 CONSUMERS = WARP * DECODE_WARPS            # threads
 TILE_ROWS = 64 * DECODE_GROUPS
 STAGE_WORDS = TILE_ROWS * 32               # 64 elements of each row
-DECODE_TOKENS = 8, 16, 32, 64, 128, 192, 256   # there is a kernel for up to so many tokens each
+DECODE_TOKENS = 1, 8, 16, 32, 64, 128, 192, 256   # there is a kernel for up to so many tokens each
 MAX_DECODE_TOKENS = max(DECODE_TOKENS)
 MAX_PARTS = 2 if SIMULATOR else 8          # of a matrix's K
 MULTIPROCESSORS = 2 if SIMULATOR else 132  # that the parts are made for; they must not depend on
@@ -4156,13 +4160,13 @@ JOINED = 2 * MAX_STAGES + 2 * MAX_X_STAGES
 NUM_BARRIERS = JOINED + 1
 QKV, O, GATE_UP, DOWN, LM_HEAD = range(5)  # the matmuls of a layer in their order, and the last one
 H_MAP, O_MAP, ACT_MAP, KV_MAP = range(5, 9)            # tensor maps behind those of the matrices
-# columns of the plan: items of a matrix, tiles of its rows, parts of its K, steps of an item, rows,
-# and where its letters begin
+# of the plan for a matrix: items, tiles of its rows, parts of its K, steps of an item, rows, and
+# where its letters begin
 ITEMS, ROW_TILES, PARTS, STEPS, ROWS, PLACE = range(6)
 CHUNK = 16                                 # logits of which one warp finds the largest: its rows
 FAST = 3                                   # stages of weights on their way at once, see
                                            # await_copies; SLOW is each kernel's own
-MAIL_TOKENS = 16                           # for so many, at most, q, k and v go by mail
+MAIL_TOKENS = 16                           # for so many, at most, parts of matmuls go by mail
 MAIL_SPLITS = 16                           # of one token, at most, for their sums to go by mail
 # what is there when all thread blocks have met for the n-th time in a layer; past the layers the
 # first comes once more, for the last norm. With few tokens nobody comes to some of these.
@@ -4202,7 +4206,7 @@ def parts_of(N, K):
 
 
 def decode_plan(H, G, D, C, F, V):
-    """(5, 6) int32: for each matrix what its items are."""
+    """For each matrix what its items are, as whole numbers, which kernels are compiled with."""
     plan, place = [], 0
     for kind, (N, K) in enumerate((*shapes_of_layer(H, G, D, C, F), (V, C))):
         parts = parts_of(N, K) if kind in (QKV, O, DOWN) else 1
@@ -4211,8 +4215,10 @@ def decode_plan(H, G, D, C, F, V):
         if kind == QKV:                    # behind its letters come those of attention
             place += MAIL_TOKENS * parts * N + MAIL_SPLITS * H * (D + 2)
         elif kind in (O, DOWN):
-            place += parts * N
-    return np.array(plan, np.int32)
+            place += MAIL_TOKENS * parts * N
+        elif kind == GATE_UP:              # two channels of the activations in a letter
+            place += N // 4
+    return tuple(plan)
 
 
 def parts_size(B, H, G, D, C, F):
@@ -4222,13 +4228,13 @@ def parts_size(B, H, G, D, C, F):
 
 
 def mail_size(H, G, D, C, F):
-    """Letters of forward_decode: parts of q, k and v, then those of one token: its attention, two
-    channels in a letter, or what its splits leave, as in `partial`; parts of what o and down add to
-    its residual stream; and this itself, before either norm of a layer, two channels in a letter.
-    """
+    """Letters of forward_decode. Of MAIL_TOKENS tokens: parts of q, k and v, and of what o and down
+    add to the residual stream; and this itself, before either norm of a layer, two channels in a
+    letter. Of one token: its attention, as many in a letter, or what its splits leave, as in
+    `partial`; and its activations, two channels in a letter."""
     (rows, _), o, _, down = shapes_of_layer(H, G, D, C, F)
-    return (MAIL_TOKENS * parts_of(rows, C) * rows + MAIL_SPLITS * H * (D + 2)
-            + (parts_of(*o) + parts_of(*down)) * C + C)
+    return (MAIL_TOKENS * (parts_of(rows, C) * rows + (parts_of(*o) + parts_of(*down)) * C + C)
+            + MAIL_SPLITS * H * (D + 2) + F // 2)
 
 
 def forward_decode_ref(logits, largest, largest_at, x, h, o, act, kv_cache, parts, partial, mail,
@@ -4308,6 +4314,21 @@ def stamp_of(launches, num_matrices, layer):
     """What a layer's letters of this launch are stamped with; the same stamp comes again after
     2**32 / num_matrices launches."""
     return uint32(launches * uint32(num_matrices) + uint32(layer + 1))
+
+
+@cuda.jit(device=True)
+def uniform(word):
+    """A word that is the same in all lanes of a warp, which the compiler then knows: it keeps in
+    registers that the lanes have in common, and computes once, what follows from it."""
+    return shuffle(word, uint32(0))
+
+
+@cuda.jit(device=True)
+def first_item_after(item, items):
+    """A thread block's next item counted from behind so many, the one before them being `item`."""
+    while item < items:
+        item += cuda.gridDim.x
+    return item - items
 
 
 @cuda.jit(device=True)
@@ -4442,38 +4463,6 @@ def await_copies(barriers, stage, parity, stages, pace):
 
 
 @cuda.jit(device=True)
-def stream_weights(ring, first, stages, barriers, plan, pace, maps, num_matrices, D, KEYS, G, P,
-                   block_tables, rows, seq_lens, splits, run):
-    """The warp that fills the ring with weights and, for attention, with contexts."""
-    item, stage, parity = cuda.blockIdx.x, uint32(0), uint32(1)
-    for matrix in range(num_matrices):
-        kind = kind_of(matrix, num_matrices)
-        if kind == O:
-            wait_for_inputs()              # contexts, unlike weights, are other kernels' work
-            item, stage, parity = stream_context(ring, first, stage, stages, parity, barriers, maps,
-                                                 item, matrix >> 2, D, KEYS, G, P, block_tables,
-                                                 rows, seq_lens, splits, run)
-        tiles, steps = plan[kind, ROW_TILES], plan[kind, STEPS]
-        while item < plan[kind, ITEMS]:
-            tile, part = tile_and_part(item, tiles)
-            k = part * steps * 64
-            for _ in range(steps):
-                await_barrier(barriers, EMPTY + stage, parity)
-                await_copies(barriers, stage, parity, stages, int64(load_shared_word(pace, 0)))
-                meet_warp()                # else a lane a whole ring behind waits for a past phase
-                if elect() == 1:
-                    barrier_expect(barriers, stage, uint32(STAGE_WORDS * 4))
-                    copy_box_5d_once(ring, first + stage * STAGE_WORDS, maps, kind * 16, uint32(k),
-                                     uint32(0), uint32(0), uint32(tile * (TILE_ROWS // 16)),
-                                     uint32(matrix >> 2 if kind != LM_HEAD else 0), barriers,
-                                     stage)
-                k += 64
-                stage, parity = next_stage(stage, parity, stages)
-            item += cuda.gridDim.x
-        item -= plan[kind, ITEMS]
-
-
-@cuda.jit(device=True)
 def await_letter(mail, i, stamp):
     """Asks for one letter until it has come, before all that are due are asked for: so many
     questions at once would stand in their way."""
@@ -4494,6 +4483,17 @@ def copy_made(ring, at, source, steps, step_words):
 
 
 @cuda.jit(device=True)
+def receive_8(words, mail, i, stamp):
+    """Eight channels, two to a letter, when all four letters have come."""
+    missing = True
+    while missing:
+        missing = False
+        for n in range(0, 4, 2):
+            words[n], sent, words[n + 1], next_sent = receive_2(mail, i + n)
+            missing |= sent != stamp or next_sent != stamp
+
+
+@cuda.jit(device=True)
 def copy_mailed(ring, at, mail, source, steps, step_words, stamp):
     """The same from its letters, mail[source:], as they come."""
     words = cuda.local.array(4, uint32)
@@ -4501,101 +4501,40 @@ def copy_mailed(ring, at, mail, source, steps, step_words, stamp):
         await_letter(mail, source, stamp)
     meet_warp()
     for piece in range(thread_index() % WARP, steps * 8, WARP):
-        missing = True
-        while missing:
-            missing = False
-            for n in range(0, 4, 2):
-                words[n], sent, words[n + 1], next_sent = receive_2(mail, source + piece * 4 + n)
-                missing |= sent != stamp or next_sent != stamp
+        receive_8(words, mail, source + piece * 4, stamp)
         store_shared(ring, at + piece // 8 * step_words + piece % 8 * 4, words, 0)
 
 
-@cuda.jit(device=True)
-def stream_tokens(ring, first, x_stages, x_steps, step_words, barriers, plan, maps, num_matrices,
-                  arrivals, mail, o_mail, G, splits, B, C):
-    """The warp that fills the second ring: for each item the elements of all tokens along its K,
-    x_steps steps at once. They come with the copy engine, once the meeting has been that says they
-    are there. One token comes out of shared memory, where this thread block's consumers normed it
-    or joined its attention, or by mail."""
-    lane, item, x_stage, parity = thread_index() % WARP, cuda.blockIdx.x, uint32(0), uint32(1)
-    x_stage_words, num_pieces = x_steps * step_words, int64(load_word(splits, B))
-    # only in the kernel for the fewest, so that the others do not contain what they never do
-    alone = step_words == DECODE_TOKENS[0] * 32 and B == 1
-    launches = load_word(arrivals, arrivals.shape[0] - 1)
-    for matrix in range(num_matrices):
-        kind, layer = kind_of(matrix, num_matrices), matrix >> 2
-        tiles, steps, meeting = plan[kind, ROW_TILES], plan[kind, STEPS], layer * MEETINGS
-        source, made_here, o_mailed = H_MAP, alone, False
-        if kind == O:
-            source, made_here = O_MAP, alone and num_pieces > 1
-            o_mailed = alone and not made_here
-            meeting += ATTENDED
-            items = num_pieces * G                             # of attention
-            while item < items:
-                item += cuda.gridDim.x
-            item -= items
-        elif kind == GATE_UP:
-            meeting += NORMED_AGAIN
-        elif kind == DOWN:
-            source, made_here, meeting = ACT_MAP, False, meeting + ACTIVATED
-        if made_here:
-            meet(2, CONSUMERS + WARP)
-        elif item < plan[kind, ITEMS] and not o_mailed:
-            # without an item nobody here waits, and the counts may be set back already
-            if lane == 0:
-                await_all(arrivals, meeting)
-                fence_copies()
-            meet_warp()
-        while item < plan[kind, ITEMS]:
-            tile, part = tile_and_part(item, tiles)
-            for step in range(0, steps, x_steps):
-                at, k = first + x_stage * x_stage_words, part * steps + step
-                await_barrier(barriers, X_EMPTY + x_stage, parity)
-                meet_warp()                # else a lane a whole ring behind waits for a past phase
-                if made_here or o_mailed:
-                    if o_mailed:
-                        copy_mailed(ring, at, mail, o_mail + k * 32, min(x_steps, steps - step),
-                                    step_words, stamp_of(launches, num_matrices, layer))
-                    else:
-                        copy_made(ring, at, C // 2 + k * 32, min(x_steps, steps - step),
-                                  step_words)
-                    fence_shared()         # before tensor cores read it
-                    meet_warp()
-                    if lane == 0:
-                        barrier_arrive(barriers, X_FULL + x_stage)
-                elif elect() == 1:
-                    barrier_expect(barriers, X_FULL + x_stage, uint32(x_stage_words * 4))
-                    copy_box_3d(ring, at, maps, source * 16, uint32(0), uint32(0), uint32(k),
-                                barriers, X_FULL + x_stage)
-                x_stage, parity = next_stage(x_stage, parity, x_stages)
-            item += cuda.gridDim.x
-        item -= plan[kind, ITEMS]
-
-
-def make_attend_stages(D, N):
-    """Decode attention out of the ring: the device function for one head_dim and up to N tokens."""
-    KEYS = keys_of_stage(D)
+def make_attend_stages(N, H, G, D, C, P, multiprocessors):
+    """Decode attention out of the ring, for one shape and up to N tokens: the device function."""
+    KEYS, R, ALONE = keys_of_stage(D), H // G, N == 1
+    PARTS_MADE = parts_of((H + 2 * G) * D, C)          # of queries, keys and values
+    ONE_EACH = has_one_item_each(N, G, multiprocessors)
+    FETCHED, FETCHED_WORDS, _ = attention_words(H, G, D, C, ONE_EACH)
+    GROUPS, GROUP_WORDS, AHEAD = FETCHED + FETCHED_WORDS, (R + 2) * (D // 2), 1 if ONE_EACH else 2
+    BOX = min(P, KEYS)             # tokens of a block that one copy brings
     TILE = min(KEYS, 32)           # keys of a warp at once: of 16, half as many to wait for, of
                                    # 64, four warps would have nothing to do with 256
     TILES, HALVES, CHUNKS = KEYS // TILE, TILE // 16, D // 8   # CHUNKS: 16-byte pieces of a token
     TURNS = DECODE_WARPS // TILES                      # stages from one tile of a warp to its next
+    SPLITS_MAILED = most_splits(G) <= MAIL_SPLITS      # all, of a token that is alone
     run = run_of(N, D)             # a kernel for few tokens does not contain what it needs for more
     add_scores, store_sums, joined, join_warps, join_run = make_attention_sums(D, HALVES,
                                                                                IN_ORDER=True)
     SCORES, WEIGHTS = HALVES * 8, HALVES * 4           # registers of a tile's
     Q_WORDS, OUTS = D // 16 * 4, D // 8 * 4            # registers of queries and of sums
-    HEAD_TERMS = MAX_PARTS * 4
+    HEAD_TERMS = PARTS_MADE * 4
     KEPT = 4 * RUN * ceil_div(16 * (D // 2), CONSUMERS)        # see join_run, of 16 heads at most
 
     @cuda.jit(device=True)
-    def place_of(row, chunk, values, box):
+    def place_of(row, chunk, values):
         """Words from the beginning of a stage to a piece of a token's key or value: boxes lie one
-        behind another, in each the keys and then the values of `box` tokens, a power of two."""
-        line = (row & -box) * 2 + values * box + (row & (box - 1))
+        behind another, in each the keys and then the values of BOX tokens, a power of two."""
+        line = (row & -BOX) * 2 + values * BOX + (row & (BOX - 1))
         return chunk // 8 * (KEYS * 64) + line * 32 + ((chunk ^ line) & 7) * 4
 
     @cuda.jit(device=True)
-    def look_up(item, items, stride, G, seq_lens, splits, run, slots):
+    def look_up(item, items, stride, seq_lens, splits, slots):
         """Of an item: request, first key, end, length of the context, piece and KV head, and the
         slot of the context's last token, which is new. Each lane of a warp asks for another of the
         thread block's next 32 items: one after another this would take longer than the items."""
@@ -4605,7 +4544,7 @@ def make_attend_stages(D, N):
                 load_word(slots, b))
 
     @cuda.jit(device=True)
-    def unit_of_group(unit, g, R, G):
+    def unit_of_group(unit, g):
         """A group is what is new of an item: the R query heads of a KV head, its key and its value.
         A unit of it is two channels of each half of a head, for those are rotated together: which
         head of the group, which of all, where behind the queries lie the keys and then the values,
@@ -4615,15 +4554,15 @@ def make_attend_stages(D, N):
         return n, head, uint32(unit % (D // 4) * 2)
 
     @cuda.jit(device=True)
-    def fetch_group(sums, at, first_unit, b, g, position, B, R, G, parts, num_parts, cos, sin):
+    def fetch_group(sums, at, first_unit, b, g, position, B, parts, cos, sin):
         """Starts copies of what rotate_group needs to sums[at:]: the parts of each unit, then its
         cosines and sines, but for values. Each thread fetches what it will use itself, so that
         nobody waits for another."""
         unit, units, heads = uint32(first_unit), uint32((R + 2) * (D // 4)), (R + 2) * G
         while unit < units:
-            n, head, i = unit_of_group(unit, g, R, G)
+            n, head, i = unit_of_group(unit, g)
             place, source = uint32(at + unit * 2), uint32((b * heads + head) * D + i)  # in part 0
-            for _ in range(num_parts):
+            for _ in range(PARTS_MADE):
                 copy_8_async(sums, place, parts, source)
                 copy_8_async(sums, uint32(place + units * 2), parts, uint32(source + D // 2))
                 place, source = uint32(place + units * 4), uint32(source + B * heads * D)
@@ -4635,42 +4574,39 @@ def make_attend_stages(D, N):
         copies_commit()
 
     @cuda.jit(device=True)
-    def rotate_group(ring, at, sums, fetched, first_unit, b, g, slot, position, B, R, k_cache,
-                     v_cache, num_parts, mail, mailed, stamp, cos, sin):
+    def rotate_group(ring, at, sums, fetched, first_unit, b, g, slot, position, B, k_cache, v_cache,
+                     mail, mailed, stamp, cos, sin):
         """The group of KV head g of request b, from what fetch_group brought or from letters, to
         ring[at:] as (R+2, D), and key and value to their block, too; splits of one context write
         the same there. A thread has the units from first_unit on, CONSUMERS apart."""
         terms = cuda.local.array(HEAD_TERMS, float32)
         turns = cuda.local.array(4, float32)
-        G = k_cache.shape[2]
         unit, units, heads = uint32(first_unit), uint32((R + 2) * (D // 4)), (R + 2) * G
         while unit < units:
-            n, head, i = unit_of_group(unit, g, R, G)
-            if N <= MAIL_TOKENS and mailed:
+            n, head, i = unit_of_group(unit, g)
+            if ONE_EACH or N <= MAIL_TOKENS and mailed:
                 load_2_floats(turns, 0, cos, position * (D // 2) + i)
                 load_2_floats(turns, 2, sin, position * (D // 2) + i)
                 letter, missing = (b * heads + head) * D + i, True             # in part 0
                 await_letter(mail, letter, stamp)
                 while missing:
                     missing = False
-                    for p in range(MAX_PARTS):
-                        if p < num_parts:
-                            for c in range(0, 4, 2):
-                                word, sent, next_word, next_sent = receive_2(
-                                    mail, letter + p * B * heads * D + c * (D // 4))
-                                terms[p * 4 + c] = float_of(word)
-                                terms[p * 4 + c + 1] = float_of(next_word)
-                                missing |= sent != stamp or next_sent != stamp
-                for p in range(1, MAX_PARTS):
-                    if p < num_parts:
-                        for c in range(4):
-                            terms[c] += terms[p * 4 + c]
+                    for p in range(PARTS_MADE):
+                        for c in range(0, 4, 2):
+                            word, sent, next_word, next_sent = receive_2(
+                                mail, letter + p * B * heads * D + c * (D // 4))
+                            terms[p * 4 + c] = float_of(word)
+                            terms[p * 4 + c + 1] = float_of(next_word)
+                            missing |= sent != stamp or next_sent != stamp
+                for p in range(1, PARTS_MADE):
+                    for c in range(4):
+                        terms[c] += terms[p * 4 + c]
             else:
                 copies_wait_all()
                 term = uint32(fetched + unit * 2)
                 terms[0], terms[1] = load_2_shared(sums, term)
                 terms[2], terms[3] = load_2_shared(sums, term + units * 2)
-                for _ in range(1, num_parts):
+                for _ in range(1, PARTS_MADE):
                     term = uint32(term + units * 4)
                     low, low_1 = load_2_shared(sums, term)
                     high, high_1 = load_2_shared(sums, term + units * 2)
@@ -4698,7 +4634,7 @@ def make_attend_stages(D, N):
             unit = uint32(unit + CONSUMERS)
 
     @cuda.jit(device=True)
-    def load_queries(q, ring, at, R):
+    def load_queries(q, ring, at):
         """R heads as A fragments; rows past them repeat the last, and nobody reads their sums."""
         lane = thread_index() % WARP
         row = at + min(lane % 16, R - 1) * (D // 2) + lane // 16 * 4
@@ -4706,29 +4642,29 @@ def make_attend_stages(D, N):
             load_matrices(q, step * 4, ring, row + step * 8)
 
     @cuda.jit(device=True)
-    def patch_tile(ring, at, row, box, new, words):
+    def patch_tile(ring, at, row, new, words):
         """Puts this step's key and value, which lie at ring[new:], into their row of a stage."""
         piece = uint32(thread_index() % WARP)
         while piece < 2 * CHUNKS:
             load_shared(words, 0, ring, new + piece * 4)
-            store_shared(ring, at + place_of(row, piece % CHUNKS, piece // CHUNKS, box), words, 0)
+            store_shared(ring, at + place_of(row, piece % CHUNKS, piece // CHUNKS), words, 0)
             piece = uint32(piece + WARP)
         meet_warp()
 
     @cuda.jit(device=True)
-    def load_keys(words, ring, at, row, box, step):
+    def load_keys(words, ring, at, row, step):
         """16 channels of 16 keys, from `row` of a stage on."""
         lane = thread_index() % WARP
         load_matrices(words, step % 4 * 4, ring, at + place_of(
-            row + lane // 16 * 8 + lane % 8, step * 2 + lane // 8 % 2, 0, box))
+            row + lane // 16 * 8 + lane % 8, step * 2 + lane // 8 % 2, 0))
 
     @cuda.jit(device=True)
-    def load_values(words, ring, at, row, box, step, keep, keep_far):
+    def load_values(words, ring, at, row, step, keep, keep_far):
         """16 channels of their values, without those of tokens that are not there: these meet a
         weight of 0, but may be NaN."""
         lane = thread_index() % WARP
         load_matrices_transposed(words, step % 4 * 4, ring, at + place_of(
-            row + lane % 16, step * 2 + lane // 16, 1, box))
+            row + lane % 16, step * 2 + lane // 16, 1))
         for i in range(0, 4, 2):
             words[step % 4 * 4 + i] &= keep
             words[step % 4 * 4 + i + 1] &= keep_far
@@ -4741,7 +4677,7 @@ def make_attend_stages(D, N):
         return uint32(0xFFFF) if left == 1 else uint32(0)
 
     @cuda.jit(device=True)
-    def add_tile(acc, m, l, q, ring, at, row, box, x, p, keys, values, R, first, end, scale, like):
+    def add_tile(acc, m, l, q, ring, at, row, x, p, keys, values, first, end, scale, like):
         """A tile of keys, from `row` of a stage on, and their values; 64 channels at once are on
         their way to registers, of the first values before the weights are known."""
         for i in range(SCORES):
@@ -4749,24 +4685,24 @@ def make_attend_stages(D, N):
         for half in range(HALVES):                             # x (HALVES, 16, 16) = q @ k.T
             for part in range(D // 64):
                 for step in range(4):
-                    load_keys(keys, ring, at, row + half * 16, box, part * 4 + step)
+                    load_keys(keys, ring, at, row + half * 16, part * 4 + step)
                 for step in range(4):
                     mma(x, half * 8, q, part * 16 + step * 4, keys, step * 4, like)
                     mma(x, half * 8 + 4, q, part * 16 + step * 4, keys, step * 4 + 2, like)
         left = int32(end - first - thread_index() % 4 * 2)     # tokens from this lane's first on
         for step in range(4):
-            load_values(values, ring, at, row, box, step, mask_of(left), mask_of(left - 8))
+            load_values(values, ring, at, row, step, mask_of(left), mask_of(left - 8))
         add_scores(acc, m, l, x, p, R, first, end, scale, like)
         for half in range(HALVES):                             # acc (16 heads, D) += p @ v
             keep, keep_far = mask_of(left - half * 16), mask_of(left - half * 16 - 8)
             for step in range(D // 16):
                 if half > 0 or step >= 4:
-                    load_values(values, ring, at, row + half * 16, box, step, keep, keep_far)
+                    load_values(values, ring, at, row + half * 16, step, keep, keep_far)
                 mma(acc, step * 8, p, half * 4, values, step % 4 * 4, like)
                 mma(acc, step * 8 + 4, p, half * 4, values, step % 4 * 4 + 2, like)
 
     @cuda.jit(device=True)
-    def mail_heads(mail, o_mail, stamp, sums, g, R, like):
+    def mail_heads(mail, o_mail, stamp, sums, g, like):
         """The attention of the one token's KV head g, two channels in a letter."""
         i = uint32(thread_index())
         while i < R * (D // 2):
@@ -4776,7 +4712,7 @@ def make_attend_stages(D, N):
             i = uint32(i + CONSUMERS)
 
     @cuda.jit(device=True)
-    def mail_split(mail, o_mail, stamp, sums, j, g, H, R):
+    def mail_split(mail, o_mail, stamp, sums, j, g):
         """What a split of the one token's context leaves of KV head g, as join_warps would."""
         i = uint32(thread_index())
         while i < R * (D // 2):
@@ -4790,8 +4726,8 @@ def make_attend_stages(D, N):
 
     @cuda.jit(device=True)
     def attend_stages(out, partial, sums, ring, first, stage, stages, parity, joined_parity,
-                      barriers, item, k_cache, v_cache, parts, num_parts, mail, mailed, stamp,
-                      o_mail, arrivals, made, cos, sin, slots, seq_lens, items, splits):
+                      barriers, item, k_cache, v_cache, parts, mail, mailed, stamp, o_mail,
+                      arrivals, made, cos, sin, slots, seq_lens, items, splits):
         """Attention of this thread block's items, whose contexts stream_context brings. All warps
         work on an item, or on its splits one after another, a warp on every DECODE_WARPS-th tile of
         a split; a stage without a tile of its own a warp gives back unread, and of a short split
@@ -4813,33 +4749,27 @@ def make_attend_stages(D, N):
         tid, stride = thread_index(), cuda.gridDim.x
         lane, warp = tid % WARP, tid // WARP
         own, own_turn = warp % TILES, warp // TILES            # this warp's tile, and which stage's
-        scale, G, H = LOG2E / math.sqrt(float32(D)), k_cache.shape[2], out.shape[1]
-        B, R = seq_lens.shape[0], int64(divide(uint32(H), uint32(G)))
-        longest, box = uint32(longest_run(G, SPLIT, run)), min(k_cache.shape[1], KEYS)
-        # see sum_words_of
-        fetched_words = (num_parts * (R + 2) + R + 1) * D
-        fetched = max(DECODE_WARPS * R * (D + 2), fetched_words)
-        group, group_words = fetched + fetched_words, (R + 2) * (D // 2)
+        scale, B = LOG2E / math.sqrt(float32(D)), seq_lens.shape[0]
+        longest = uint32(longest_run(G, SPLIT, run))
         turn = 0                           # lane n knows the n-th item from here on
         all_b, all_keys, all_ends, all_S, all_j, all_g, all_slots = look_up(
-            item + lane * stride, items, stride, G, seq_lens, splits, run, slots)
-        if item < items and not mailed:
+            item + lane * stride, items, stride, seq_lens, splits, slots)
+        if not ONE_EACH and item < items and not mailed:
             gather(arrivals, made)
-        for n in range(2):
-            if item + n * stride < items and not mailed:
+        for n in range(AHEAD):
+            if not ONE_EACH and item + n * stride < items and not mailed:
                 # the second to the place of the sums, which is free, and by the last threads, for
                 # the first have enough to do: both are on their way at once
-                fetch_group(sums, 0 if n else fetched, CONSUMERS - 1 - tid if n else tid,
+                fetch_group(sums, 0 if n else FETCHED, CONSUMERS - 1 - tid if n else tid,
                             int64(shuffle(all_b, uint32(n))), int64(shuffle(all_g, uint32(n))),
-                            int64(shuffle(all_S, uint32(n))) - 1, B, R, G, parts, num_parts, cos,
-                            sin)
-        for n in range(2):
+                            int64(shuffle(all_S, uint32(n))) - 1, B, parts, cos, sin)
+        for n in range(AHEAD):
             if item + n * stride < items:
-                rotate_group(ring, group + n * group_words, sums, 0 if n else fetched,
+                rotate_group(ring, GROUPS + n * GROUP_WORDS, sums, 0 if n else FETCHED,
                              CONSUMERS - 1 - tid if n else tid, int64(shuffle(all_b, uint32(n))),
                              int64(shuffle(all_g, uint32(n))), int64(shuffle(all_slots, uint32(n))),
-                             int64(shuffle(all_S, uint32(n))) - 1, B, R, k_cache, v_cache,
-                             num_parts, mail, mailed and n == 0, stamp, cos, sin)
+                             int64(shuffle(all_S, uint32(n))) - 1, B, k_cache, v_cache, mail,
+                             mailed and n == 0, stamp, cos, sin)
         meet(1, CONSUMERS)                 # else a warp reads what another has not yet written
         while item < items:
             this, ahead = uint32(turn), uint32(turn + 2)
@@ -4847,12 +4777,12 @@ def make_attend_stages(D, N):
             k, end = shuffle(all_keys, this), shuffle(all_ends, this)
             S = shuffle(all_S, this)
             only = end - k == S
-            new = group + (turn & 1) * group_words
-            load_queries(q, ring, new, R)
-            if item + 2 * stride < items:
-                fetch_group(sums, fetched, CONSUMERS - 1 - tid, int64(shuffle(all_b, ahead)),
-                            int64(shuffle(all_g, ahead)), int64(shuffle(all_S, ahead)) - 1, B, R, G,
-                            parts, num_parts, cos, sin)
+            new = GROUPS + (turn & 1) * GROUP_WORDS
+            load_queries(q, ring, new)
+            if not ONE_EACH and item + 2 * stride < items:
+                fetch_group(sums, FETCHED, CONSUMERS - 1 - tid, int64(shuffle(all_b, ahead)),
+                            int64(shuffle(all_g, ahead)), int64(shuffle(all_S, ahead)) - 1, B,
+                            parts, cos, sin)
             split_end, more = end, True
             while more:
                 if run > 1 and S <= longest:
@@ -4872,9 +4802,9 @@ def make_attend_stages(D, N):
                     if here and tile_key < split_end:
                         at, newest = first + stage * STAGE_WORDS, tile_key + TILE >= S
                         if newest:             # the tile with this step's token
-                            patch_tile(ring, at, own * TILE + int64(S - 1 - tile_key), box,
+                            patch_tile(ring, at, own * TILE + int64(S - 1 - tile_key),
                                        new + R * (D // 2), keys)
-                        add_tile(acc, m, l, q, ring, at, own * TILE, box, x, p, keys, values, R,
+                        add_tile(acc, m, l, q, ring, at, own * TILE, x, p, keys, values,
                                  int64(tile_key), int64(split_end), scale, out)
                         if newest:
                             fence_shared()     # before the copy engine fills this place again
@@ -4887,10 +4817,10 @@ def make_attend_stages(D, N):
                 await_barrier(barriers, JOINED, joined_parity)
                 store_sums(sums, acc, m, l, R, scale)
                 meet(1, CONSUMERS)             # else a warp's sums are read before they are written
-                if N == DECODE_TOKENS[0] and items == G:
-                    mail_heads(mail, o_mail, stamp, sums, int64(g), R, out)
-                elif N == DECODE_TOKENS[0] and B == 1 and items <= MAIL_SPLITS * G:
-                    mail_split(mail, o_mail, stamp, sums, int64(j), int64(g), H, R)
+                if ALONE and items == G:
+                    mail_heads(mail, o_mail, stamp, sums, int64(g), out)
+                elif ALONE and (SPLITS_MAILED or items <= MAIL_SPLITS * G):
+                    mail_split(mail, o_mail, stamp, sums, int64(j), int64(g))
                 elif run > 1 and SPLIT < S <= longest:
                     join_run(out, kept, sums, int64(b), int64(g), uint32(k - 1) // SPLIT, k >= end,
                              R)
@@ -4901,17 +4831,17 @@ def make_attend_stages(D, N):
                 if lane == 0:
                     barrier_arrive(barriers, JOINED)
                 joined_parity = uint32(joined_parity ^ uint32(1))
-            if item + 2 * stride < items:
-                rotate_group(ring, new, sums, fetched, CONSUMERS - 1 - tid,
+            if not ONE_EACH and item + 2 * stride < items:
+                rotate_group(ring, new, sums, FETCHED, CONSUMERS - 1 - tid,
                              int64(shuffle(all_b, ahead)), int64(shuffle(all_g, ahead)),
                              int64(shuffle(all_slots, ahead)), int64(shuffle(all_S, ahead)) - 1, B,
-                             R, k_cache, v_cache, num_parts, mail, False, stamp, cos, sin)
+                             k_cache, v_cache, mail, False, stamp, cos, sin)
             item += stride
             turn += 1
-            if turn == WARP - 2:           # no lane knows the item after the next
+            if not ONE_EACH and turn == WARP - 2:    # no lane knows the item after the next
                 turn = 0
                 all_b, all_keys, all_ends, all_S, all_j, all_g, all_slots = look_up(
-                    item + lane * stride, items, stride, G, seq_lens, splits, run, slots)
+                    item + lane * stride, items, stride, seq_lens, splits, slots)
         return item - items, stage, parity, joined_parity
     return attend_stages
 
@@ -4921,24 +4851,42 @@ def x_steps_of(N):
     return max(1, min(4, 128 // N))
 
 
+def x_rows_of(N):
+    """Rows of tokens for tensor cores, which take no fewer than 8."""
+    return max(8, N)
+
+
 def x_stage_words_of(N):
     """Words of a stage of tokens: for each step 64 elements of each of N tokens."""
-    return x_steps_of(N) * N * 32
+    return x_steps_of(N) * x_rows_of(N) * 32
 
 
 def columns_of(N):
     """Tokens of one wgmma: all, or half of more than 128."""
-    return N if N <= 128 else N // 2
+    return x_rows_of(N) if N <= 128 else N // 2
 
 
-def make_forward_decode(D, N):
-    """The kernel for one head_dim and up to N tokens."""
-    attend_stages, wgmma = make_attend_stages(D, N), WGMMA[columns_of(N)].add
-    wgmma_wait, COLUMNS = WGMMA[columns_of(N)].wait, columns_of(N)
-    KEYS, ACCUMULATORS, run = keys_of_stage(D), COLUMNS // 2, run_of(N, D)
-    X_STEPS, X_STAGE_WORDS = x_steps_of(N), x_stage_words_of(N)
-    NORM_TERMS, PAIR_TERMS = MAX_PARTS * 8, MAX_PARTS * 2
-    SLOW = 1 if N <= MAIL_TOKENS else 2    # more tokens take longer with a stage
+@functools.cache
+def make_forward_decode(N, H, G, D, C, F, V, P, multiprocessors):
+    """The kernel for one shape of model, one size of its cache's blocks and up to N tokens. What it
+    is made with is a constant of its machine code, which is shorter by a third for it, and between
+    two matmuls the length of the code is what takes the time."""
+    COLUMNS, ALONE, PARTS_MAILED = columns_of(N), N == 1, N <= MAIL_TOKENS
+    ONE_EACH, run = has_one_item_each(N, G, multiprocessors), run_of(N, D)
+    SPLITS_MAILED = most_splits(G) <= MAIL_SPLITS      # all, of a token that is alone
+    PLAN, MAIL = decode_plan(H, G, D, C, F, V), mail_size(H, G, D, C, F)
+    O_ITEMS, O_TILES, O_PARTS, O_STEPS, _, O_PLACE = PLAN[O]
+    DOWN_PARTS, ACT_MAIL = PLAN[DOWN][PARTS], PLAN[GATE_UP][PLACE]
+    O_MAIL = O_PLACE - MAIL_SPLITS * H * (D + 2)       # where letters of attention begin
+    SUM_WORDS, STAGES, X_STAGES = persistent_rings(H, G, D, C, N, multiprocessors)
+    X_STEPS, X_STAGE_WORDS, STEP_WORDS = x_steps_of(N), x_stage_words_of(N), x_rows_of(N) * 32
+    attend_stages = make_attend_stages(N, H, G, D, C, P, multiprocessors)
+    wgmma, wgmma_wait = WGMMA[COLUMNS].add, WGMMA[COLUMNS].wait
+    KEYS, ACCUMULATORS = keys_of_stage(D), COLUMNS // 2
+    MOST_PARTS = max(O_PARTS, DOWN_PARTS)
+    NORM_TERMS, PAIR_TERMS = MOST_PARTS * 8, MOST_PARTS * 2
+    SLOW = 1 if PARTS_MAILED else 2        # more tokens take longer with a stage
+    LARGEST = min(8, ACCUMULATORS // 4)    # tokens of a lane whose logits are compared at once
 
     @cuda.jit(device=True)
     def added(word, delta, like):
@@ -4948,26 +4896,34 @@ def make_forward_decode(D, N):
                     high_element(word, like) + high_element(delta, like), like)
 
     @cuda.jit(device=True)
-    def add_own(x, mail, letters, num_parts, x_mail, stamp, embed, token, first):
-        """The one token's residual stream: each thread block adds to some of its channels, two to a
-        thread, what the matmul before sent, and tells all. The first time they are embed[token]."""
+    def add_own(x, mail, letters, num_parts, x_mail, stamp, embed, tokens, first):
+        """The residual stream of few tokens: each thread block adds to some of its channels, two to
+        a thread, what the matmul before sent, and tells who norms them. The first time they are
+        those of the embedding."""
         terms = cuda.local.array(PAIR_TERMS, float32)
-        C = x.shape[1]
-        own = ceil_div_int(C // 2, cuda.gridDim.x)             # pairs of channels
-        for pair in range(cuda.blockIdx.x * own + thread_index(),
-                          min(cuda.blockIdx.x * own + own, C // 2), CONSUMERS):
-            word = load_word(x, 2 * pair)
+        B = 1 if ALONE else x.shape[0]
+        own = int64(divide(uint32(B * (C // 2) + cuda.gridDim.x - 1), uint32(cuda.gridDim.x)))
+        begin = cuda.blockIdx.x * own
+        end = min(begin + own, B * (C // 2))                   # pairs of channels
+        if not ALONE:                      # else there are so few letters that all may be asked for
+            if thread_index() % WARP == 0 and begin + thread_index() < end:
+                await_letter(mail, letters + 2 * (begin + thread_index()), stamp)
+            meet_warp()
+        for pair in range(begin + thread_index(), end, CONSUMERS):
             if first:
-                word = load_word(embed, int64(token) * C + 2 * pair)
+                b = int64(divide(uint32(pair), uint32(C // 2)))
+                word = load_word(embed, int64(load_word(tokens, b)) * C + 2 * pair - b * C)
+            else:
+                word = load_word(x, 2 * pair)
             missing = True
             while missing:
                 missing = False
-                for p in range(MAX_PARTS):
+                for p in range(MOST_PARTS):
                     if p < num_parts:
-                        low, sent, high, next_sent = receive_2(mail, letters + p * C + 2 * pair)
+                        low, sent, high, next_sent = receive_2(mail, letters + p * B * C + 2 * pair)
                         terms[2 * p], terms[2 * p + 1] = float_of(low), float_of(high)
                         missing |= sent != stamp or next_sent != stamp
-            for p in range(1, MAX_PARTS):
+            for p in range(1, MOST_PARTS):
                 if p < num_parts:
                     terms[0] += terms[2 * p]
                     terms[1] += terms[2 * p + 1]
@@ -4976,21 +4932,39 @@ def make_forward_decode(D, N):
             send(mail, x_mail + pair, word, stamp)
 
     @cuda.jit(device=True)
-    def norm_tokens(shared_words, h, x, parts, num_parts, embed, tokens, norms, n, eps, alone, mail,
+    def add_parts(words, terms, x, parts, num_parts, b, c):
+        """Eight channels of x[b] from c on, plus what the matmul before left in parts."""
+        load_16_bytes(words, 0, x, b * C + c)
+        for p in range(MOST_PARTS):
+            if p < num_parts:
+                at = (p * x.shape[0] + b) * C + c
+                load_4_floats(terms, p * 8, parts, at)
+                load_4_floats(terms, p * 8 + 4, parts, at + 4)
+        for p in range(1, MOST_PARTS):
+            if p < num_parts:
+                for i in range(8):
+                    terms[i] += terms[p * 8 + i]
+        for i in range(4):
+            words[i] = added(words[i], pack(terms[2 * i], terms[2 * i + 1], x), x)
+
+    @cuda.jit(device=True)
+    def norm_tokens(shared_words, h, x, parts, num_parts, embed, tokens, norms, n, eps, mail,
                     x_mail, stamp):
         """x += the matmul that was left in parts, or x = the embedding; h = rmsnorm(x) * norms[n].
         A thread block takes every gridDim.x-th token, a thread 8 channels at once. shared_words
         holds the gains, C/2 words, then a token; each thread reads only what it wrote.
 
-        A token that is alone all thread blocks norm, each for itself: that takes less time than to
-        hear of another's work. Its x comes by mail, see add_own, h stays in shared memory."""
+        Of few tokens x comes by mail, see add_own. One that is alone all thread blocks norm, each
+        for itself: that takes less time than to hear of another's work; h stays in shared memory.
+        """
         words = cuda.local.array(4, uint32)
         gains = cuda.local.array(4, uint32)
         terms = cuda.local.array(NORM_TERMS, float32)
-        (B, C), first_b = x.shape, 0 if alone else cuda.blockIdx.x
-        if alone and n > 0:
+        B, first_b = 1 if ALONE else x.shape[0], 0 if ALONE else cuda.blockIdx.x
+        if PARTS_MAILED and n > 0 and first_b < B:
             if thread_index() % WARP == 0:
-                await_letter(mail, x_mail + min(thread_index() * 4, C // 2 - 1), stamp)
+                own = min(thread_index() * 4, C // 2 - 1)
+                await_letter(mail, x_mail + first_b * (C // 2) + own, stamp)
             meet_warp()
         for b in range(first_b, B, cuda.gridDim.x):
             squares = ZERO
@@ -4999,31 +4973,14 @@ def make_forward_decode(D, N):
                 store_shared(shared_words, c // 2, gains, 0)
                 if n == 0:
                     load_16_bytes(words, 0, embed, int64(load_word(tokens, b)) * C + c)
-                elif alone:
-                    missing = True
-                    while missing:
-                        missing = False
-                        for i in range(0, 4, 2):
-                            words[i], sent, words[i + 1], next_sent = receive_2(
-                                mail, x_mail + c // 2 + i)
-                            missing |= sent != stamp or next_sent != stamp
+                elif PARTS_MAILED:
+                    receive_8(words, mail, x_mail + (b * C + c) // 2, stamp)
                 else:
-                    load_16_bytes(words, 0, x, b * C + c)
-                    for p in range(MAX_PARTS):
-                        if p < num_parts:
-                            at = (p * B + b) * C + c
-                            load_4_floats(terms, p * 8, parts, at)
-                            load_4_floats(terms, p * 8 + 4, parts, at + 4)
-                    for p in range(1, MAX_PARTS):
-                        if p < num_parts:
-                            for i in range(8):
-                                terms[i] += terms[p * 8 + i]
-                    for i in range(4):
-                        words[i] = added(words[i], pack(terms[2 * i], terms[2 * i + 1], x), x)
+                    add_parts(words, terms, x, parts, num_parts, b, c)
                 for i in range(4):
                     low, high = low_element(words[i], x), high_element(words[i], x)
                     squares += multiply_add(high, high, low * low)
-                if not alone:
+                if not PARTS_MAILED:       # else its owners keep it
                     store_16_bytes(x, b * C + c, words, 0)
                 store_shared(shared_words, (C + c) // 2, words, 0)
             scale = inverse_sqrt(block_sum(squares, CONSUMERS) / float32(C) + eps)
@@ -5035,17 +4992,17 @@ def make_forward_decode(D, N):
                                   high_element(words[i], x) * scale, x)
                     words[i] = pack(low_element(normed, x) * low_element(gains[i], x),
                                     high_element(normed, x) * high_element(gains[i], x), x)
-                if alone:
+                if ALONE:
                     store_shared(shared_words, (C + c) // 2, words, 0)
                 else:
                     store_16_bytes(h, b * C + c, words, 0)
 
     @cuda.jit(device=True)
-    def mailed_pair(mail, o_mail, stamp, count, head, pair, H):
+    def mailed_pair(mail, stamp, count, head, pair):
         """merged_pair for one token whose splits' sums come by mail, see mail_split."""
         terms = cuda.local.array(MERGED_TERMS, float32)
         lane, missing, m_word, l_word = thread_index() % WARP, True, uint32(0), uint32(0)
-        letter = o_mail + (min(lane, count - 1) * H + head) * (D + 2) + D
+        letter = O_MAIL + (min(lane, count - 1) * H + head) * (D + 2) + D
         if lane == count - 1:
             await_letter(mail, letter, stamp)
         meet_warp()
@@ -5062,7 +5019,7 @@ def make_forward_decode(D, N):
             while missing:
                 missing = False
                 for n in range(MERGED):
-                    letter = o_mail + (min(some + n, count - 1) * H + head) * (D + 2) + 2 * pair
+                    letter = O_MAIL + (min(some + n, count - 1) * H + head) * (D + 2) + 2 * pair
                     word, sent, next_word, next_sent = receive_2(mail, letter)
                     terms[2 * n], terms[2 * n + 1] = float_of(word), float_of(next_word)
                     missing |= sent != stamp or next_sent != stamp
@@ -5071,19 +5028,18 @@ def make_forward_decode(D, N):
         return o / l, next_o / l
 
     @cuda.jit(device=True)
-    def merge_own(shared_words, partial, splits, item, plan, mail, mailed, o_mail, stamp, x):
+    def merge_own(shared_words, partial, splits, item, mail, mailed, stamp, x):
         """The attention of one token, joined from its splits: in each thread block what its items
         of O need of it, to the words in which norm_tokens leaves a token."""
-        lane, warp, C = thread_index() % WARP, thread_index() // WARP, x.shape[1]
-        for own in range(item, plan[O, ITEMS], cuda.gridDim.x):
-            _, part = tile_and_part(own, plan[O, ROW_TILES])
-            for step in range(warp, plan[O, STEPS], DECODE_WARPS):
-                k = part * plan[O, STEPS] + step               # 64 channels of one head
+        lane, warp = thread_index() % WARP, thread_index() // WARP
+        for own in range(item, O_ITEMS, cuda.gridDim.x):
+            _, part = tile_and_part(own, O_TILES)
+            for step in range(warp, O_STEPS, DECODE_WARPS):
+                k = part * O_STEPS + step               # 64 channels of one head
                 head = int64(divide(uint32(k), uint32(D // 64)))
                 pair = (k - head * (D // 64)) * 32 + lane
                 if mailed:
-                    low, high = mailed_pair(mail, o_mail, stamp, int64(splits[1]), head, pair,
-                                            partial.shape[1])
+                    low, high = mailed_pair(mail, stamp, int64(splits[1]), head, pair)
                 else:
                     low, high = merged_pair(partial, 0, int64(splits[1]), head, pair)
                 shared_words[C // 2 + k * 32 + lane] = pack(low, high, x)
@@ -5094,7 +5050,7 @@ def make_forward_decode(D, N):
         """Sums of a tile to where the next operation reads them: parts, act and logits are flat, of
         shapes (parts, B, num_rows), (B, num_rows / 2) and (B, num_rows); or, as parts, by mail. A
         thread holds two neighbouring rows or, of a tile of gate and up rows, a gate and its up: see
-        decode_tables."""
+        decode_maps."""
         lane, warp, b = thread_index() % WARP, thread_index() // WARP, first_token
         if kind == GATE_UP:
             # lanes 4 apart hold neighbouring channels: one of them takes both for one token, the
@@ -5102,7 +5058,7 @@ def make_forward_decode(D, N):
             odd = lane // 4 % 2
             channel = tile * (TILE_ROWS // 2) + warp * 8 + lane // 4 - odd
             b += lane % 4 * 2 + odd
-            at, stride = b * (num_rows // 2) + channel, 4 * num_rows
+            at, stride = b * F + channel, 8 * F
             for n in range(ACCUMULATORS // 4):
                 one = silu(acc[n * 4]) * acc[n * 4 + 2]
                 two = silu(acc[n * 4 + 1]) * acc[n * 4 + 3]
@@ -5111,8 +5067,11 @@ def make_forward_decode(D, N):
                     two = given
                 else:
                     one, two = given, two
-                if b < B and channel < num_rows // 2:
-                    store_word(act, at, pack(one, two, act))
+                if b < B and channel < F:
+                    if by_mail:
+                        send(mail, place + channel // 2, pack(one, two, act), stamp)
+                    else:
+                        store_word(act, at, pack(one, two, act))
                 b += 8
                 at += stride
         else:
@@ -5133,42 +5092,167 @@ def make_forward_decode(D, N):
                 at += stride
 
     @cuda.jit(device=True)
+    def compare(values, places, bit, kept):
+        """One of three exchanges between the lanes that hold the same tokens, 4, 8 and 16 apart.
+        Of 2 * kept tokens each of two lanes keeps half, with the larger of both lanes' logits; if
+        there are no more than `kept`, both keep all."""
+        upper = thread_index() & bit
+        for n in range(min(kept, LARGEST)):
+            value, at, given, given_at = values[n], places[n], values[n], places[n]
+            if kept < LARGEST and upper:
+                value, at = values[n + kept], places[n + kept]
+            elif kept < LARGEST:
+                given, given_at = values[n + kept], places[n + kept]
+            other = shuffle_xor(given, bit)
+            other_at = float_bits(shuffle_xor(float_of(given_at), bit))
+            if larger(value, at, other, other_at):
+                value, at = other, other_at
+            values[n], places[n] = value, at
+
+    @cuda.jit(device=True)
     def store_largest(acc, first_token, tile, num_rows, B, largest, largest_at):
         """The largest of each CHUNK of a tile of logits, of equal ones the first, and its token, to
         flat arrays of shape (B, num_rows / CHUNK); inf for NaN, which sampling refuses."""
-        lane, b = thread_index() % WARP, first_token + thread_index() % 4 * 2
-        first_row = tile * TILE_ROWS + thread_index() // WARP * CHUNK
+        values, places = cuda.local.array(LARGEST, float32), cuda.local.array(LARGEST, uint32)
+        lane, first_row = thread_index() % WARP, tile * TILE_ROWS + thread_index() // WARP * CHUNK
         row = uint32(first_row + lane // 4 * 2)                # the first of this thread's two
-        for n in range(ACCUMULATORS // 4):
+        for first in range(0, ACCUMULATORS // 4, LARGEST):
             for i in range(2):
-                # NaN compares false
-                value = acc[n * 4 + i] if acc[n * 4 + i] < INF else INF
-                next_value = acc[n * 4 + 2 + i] if acc[n * 4 + 2 + i] < INF else INF
-                at = row
-                if next_value > value:
-                    value, at = next_value, uint32(row + 1)
-                for bit in range(2, 5):                        # lanes 4, 8 and 16 apart
-                    other = shuffle_xor(value, 1 << bit)
-                    other_at = float_bits(shuffle_xor(float_of(at), 1 << bit))
-                    if larger(value, at, other, other_at):
-                        value, at = other, other_at
-                if lane < 4 and b + i < B and first_row < num_rows:
-                    chunk = (b + i) * (num_rows // CHUNK) + first_row // CHUNK
-                    store_float(largest, chunk, value)
-                    store_word(largest_at, chunk, at)
-            b += 8
+                for n in range(LARGEST):
+                    at = (first + n) * 4 + i                   # NaN compares false
+                    value = acc[at] if acc[at] < INF else INF
+                    next_value = acc[at + 2] if acc[at + 2] < INF else INF
+                    values[n], places[n] = value, row
+                    if next_value > value:
+                        values[n], places[n] = next_value, uint32(row + 1)
+                compare(values, places, 16, 4)
+                compare(values, places, 8, 2)
+                compare(values, places, 4, 1)
+                b = first_token + (first + (lane // 4 & (LARGEST - 1))) * 8 + lane % 4 * 2 + i
+                if lane // 4 < LARGEST and b < B and first_row < num_rows:
+                    chunk = b * (num_rows // CHUNK) + first_row // CHUNK
+                    store_float(largest, chunk, values[0])
+                    store_word(largest_at, chunk, places[0])
 
     @cuda.jit(device=True)
-    def consume(ring, sums, first, stages, num_x_stages, barriers, plan, pace, acc, acc_far,
-                flat_logits, largest, largest_at, x, h, o, flat_act, kv_cache, parts, partial, mail,
-                o_mail, arrivals, tokens, slots, seq_lens, splits, cos, sin, embed, norms, eps,
-                greedy):
+    def stream_weights(ring, first, barriers, pace, maps, num_matrices, block_tables, rows,
+                       seq_lens, splits):
+        """The warp that fills the ring with weights and, for attention, with contexts."""
+        item, stage, parity = cuda.blockIdx.x, uint32(0), uint32(1)
+        for matrix in range(num_matrices):
+            kind = kind_of(matrix, num_matrices)
+            if kind == O:
+                wait_for_inputs()          # contexts, unlike weights, are other kernels' work
+                item, stage, parity = stream_context(
+                    ring, first, stage, STAGES, parity, barriers, maps, item, matrix >> 2, D, KEYS,
+                    G, P, block_tables, rows, seq_lens, splits, run)
+            items, tiles, _, steps, _, _ = PLAN[kind]
+            while item < items:
+                tile, part = tile_and_part(item, tiles)
+                k = part * steps * 64
+                for _ in range(steps):
+                    await_barrier(barriers, EMPTY + stage, parity)
+                    await_copies(barriers, stage, parity, STAGES, int64(load_shared_word(pace, 0)))
+                    meet_warp()            # else a lane a whole ring behind waits for a past phase
+                    if elect() == 1:
+                        barrier_expect(barriers, stage, uint32(STAGE_WORDS * 4))
+                        copy_box_5d_once(ring, first + stage * STAGE_WORDS, maps, kind * 16,
+                                         uint32(k), uint32(0), uint32(0),
+                                         uint32(tile * (TILE_ROWS // 16)),
+                                         uint32(matrix >> 2 if kind != LM_HEAD else 0), barriers,
+                                         stage)
+                    k += 64
+                    stage, parity = next_stage(stage, parity, STAGES)
+                item += cuda.gridDim.x
+            item -= items
+
+    @cuda.jit(device=True)
+    def stream_tokens(ring, first, barriers, maps, num_matrices, arrivals, mail, splits, B):
+        """The warp that fills the second ring: for each item the elements of all tokens along its
+        K, X_STEPS steps at once. They come with the copy engine, once the meeting has been that
+        says they are there."""
+        lane, item, x_stage, parity = thread_index() % WARP, cuda.blockIdx.x, uint32(0), uint32(1)
+        num_pieces = int64(load_word(splits, B))
+        for matrix in range(num_matrices):
+            kind, meeting = kind_of(matrix, num_matrices), (matrix >> 2) * MEETINGS
+            items, tiles, _, steps, _, _ = PLAN[kind]
+            source = H_MAP
+            if kind == O:
+                source, meeting = O_MAP, meeting + ATTENDED
+                item = first_item_after(item, num_pieces * G)
+            elif kind == GATE_UP:
+                meeting += NORMED_AGAIN
+            elif kind == DOWN:
+                source, meeting = ACT_MAP, meeting + ACTIVATED
+            if item < items:               # without an item nobody here waits, and the counts may
+                if lane == 0:              # be set back already
+                    await_all(arrivals, meeting)
+                    fence_copies()
+                meet_warp()
+            while item < items:
+                tile, part = tile_and_part(item, tiles)
+                for step in range(0, steps, X_STEPS):
+                    await_barrier(barriers, X_EMPTY + x_stage, parity)
+                    meet_warp()            # else a lane a whole ring behind waits for a past phase
+                    if elect() == 1:
+                        barrier_expect(barriers, X_FULL + x_stage, uint32(X_STAGE_WORDS * 4))
+                        copy_box_3d(ring, first + x_stage * X_STAGE_WORDS, maps, source * 16,
+                                    uint32(0), uint32(0), uint32(part * steps + step), barriers,
+                                    X_FULL + x_stage)
+                    x_stage, parity = next_stage(x_stage, parity, X_STAGES)
+                item += cuda.gridDim.x
+            item -= items
+
+    @cuda.jit(device=True)
+    def stream_one_token(ring, first, barriers, maps, num_matrices, arrivals, mail, splits, B):
+        """stream_tokens for one that is alone. It comes out of shared memory, where this thread
+        block's consumers normed it or joined its attention, or by mail."""
+        lane, item, x_stage, parity = thread_index() % WARP, cuda.blockIdx.x, uint32(0), uint32(1)
+        num_pieces = int64(load_word(splits, B))
+        launches = load_word(arrivals, arrivals.shape[0] - 1)
+        for matrix in range(num_matrices):
+            kind, letters = kind_of(matrix, num_matrices), -1
+            stamp = stamp_of(launches, num_matrices, matrix >> 2)
+            items, tiles, _, steps, _, _ = PLAN[kind]
+            if kind == O:
+                item = first_item_after(item, num_pieces * G)
+            if kind == DOWN:
+                letters = ACT_MAIL
+            elif kind == O and num_pieces == 1:
+                letters = O_MAIL
+            else:
+                meet(2, CONSUMERS + WARP)
+            while item < items:
+                tile, part = tile_and_part(item, tiles)
+                for step in range(0, steps, X_STEPS):
+                    at, k = first + x_stage * X_STAGE_WORDS, part * steps + step
+                    count = min(X_STEPS, steps - step)
+                    await_barrier(barriers, X_EMPTY + x_stage, parity)
+                    meet_warp()            # else a lane a whole ring behind waits for a past phase
+                    if letters < 0:
+                        copy_made(ring, at, C // 2 + k * 32, count, STEP_WORDS)
+                    else:
+                        copy_mailed(ring, at, mail, letters + k * 32, count, STEP_WORDS, stamp)
+                    fence_shared()         # before tensor cores read it
+                    meet_warp()
+                    if lane == 0:
+                        barrier_arrive(barriers, X_FULL + x_stage)
+                    x_stage, parity = next_stage(x_stage, parity, X_STAGES)
+                item += cuda.gridDim.x
+            item -= items
+
+    stream_x = stream_one_token if ALONE else stream_tokens
+
+    @cuda.jit(device=True)
+    def consume(ring, sums, first, barriers, pace, acc, acc_far, flat_logits, largest, largest_at,
+                x, h, o, flat_act, kv_cache, parts, partial, mail, arrivals, tokens, slots,
+                seq_lens, splits, cos, sin, embed, norms, eps, greedy):
         """What the consumers do: all operations, between meetings of all thread blocks."""
         tid = thread_index()
         lane, warp = tid % WARP, tid // WARP
-        B, H, G, num_matrices = x.shape[0], o.shape[1], kv_cache.shape[4], kv_cache.shape[1] * 4 + 1
+        B, num_matrices = 1 if ALONE else x.shape[0], kv_cache.shape[1] * 4 + 1
         a_rows = first + warp // 4 * 64 * 32               # of this warpgroup, in stage 0
-        first_x_stage = first + stages * STAGE_WORDS
+        first_x_stage = first + STAGES * STAGE_WORDS
         item, stage, parity = cuda.blockIdx.x, uint32(0), uint32(0)
         x_stage, x_parity = uint32(0), uint32(0)
         joined_parity = uint32(1)          # before its first phase ends, that of parity 1 has ended
@@ -5176,32 +5260,30 @@ def make_forward_decode(D, N):
         items = num_pieces * G                                 # of attention
         # one of them for a thread block at most, which then gets queries, key and value by mail. N:
         # so that kernels for more tokens do not contain what they never do
-        qkv_mailed = N <= MAIL_TOKENS and items <= cuda.gridDim.x
-        alone = N == DECODE_TOKENS[0] and B == 1
+        qkv_mailed = ONE_EACH or PARTS_MAILED and items <= cuda.gridDim.x
         launches = load_word(arrivals, arrivals.shape[0] - 1)
         for matrix in range(num_matrices):
             kind, layer = kind_of(matrix, num_matrices), matrix >> 2
             meeting, stamp = layer * MEETINGS, stamp_of(launches, num_matrices, layer)
             if kind == O:
                 item, stage, parity, joined_parity = attend_stages(
-                    o, partial, sums, ring, first, stage, stages, parity, joined_parity, barriers,
-                    item, kv_cache[0, layer], kv_cache[1, layer], parts, plan[QKV, PARTS], mail,
-                    qkv_mailed, stamp, o_mail, arrivals, meeting + QKV_MADE, cos, sin, slots,
-                    seq_lens, items, splits)
+                    o, partial, sums, ring, first, stage, STAGES, parity, joined_parity, barriers,
+                    item, kv_cache[0, layer], kv_cache[1, layer], parts, mail, qkv_mailed, stamp,
+                    O_MAIL, arrivals, meeting + QKV_MADE, cos, sin, slots, seq_lens, items, splits)
                 if num_pieces > B:         # some context is in several pieces
-                    mailed = alone and num_pieces <= MAIL_SPLITS
+                    mailed = ALONE and (SPLITS_MAILED or num_pieces <= MAIL_SPLITS)
                     if mailed:
                         meet(1, CONSUMERS)                     # else sums are overwritten that
                     else:                                      # another warp still joins
                         arrive(arrivals, meeting + SPLITS_ATTENDED)
                         gather(arrivals, meeting + SPLITS_ATTENDED)
-                    if alone:
-                        merge_own(ring, partial, splits, item, plan, mail, mailed, o_mail, stamp, x)
+                    if ALONE:
+                        merge_own(ring, partial, splits, item, mail, mailed, stamp, x)
                         meet(2, CONSUMERS + WARP)              # with who copies it to the ring
                     else:
                         merge_heads(o, partial, splits, warp * cuda.gridDim.x + cuda.blockIdx.x,
                                     DECODE_WARPS * cuda.gridDim.x)
-                if not alone:              # one token's went by mail, or every thread block made it
+                if not ALONE:              # one token's went by mail, or every thread block made it
                     arrive(arrivals, meeting + ATTENDED)
                 made = meeting + O_MADE
             elif kind == DOWN:
@@ -5210,69 +5292,75 @@ def make_forward_decode(D, N):
                 normed, before, made = meeting + NORMED, DOWN, meeting + QKV_MADE
                 if kind == GATE_UP:
                     normed, before, made = meeting + NORMED_AGAIN, O, meeting + ACTIVATED
-                # matrices 0 and 2 of a layer have a norm before them; letters of the one token's x,
-                # C/2 for either, are the last of the mail
+                # matrices 0 and 2 of a layer have a norm before them; letters of x, B*C/2 for
+                # either, are the last of the mail
                 norm, told = (matrix + 1) >> 1, stamp_of(launches, num_matrices, (matrix - 1) >> 2)
-                x_mail = mail.shape[0] - x.shape[1] // 2 * (1 + (norm & 1))
-                if matrix > 0 and alone:
-                    add_own(x, mail, plan[before, PLACE], plan[before, PARTS], x_mail, told, embed,
-                            load_word(tokens, 0), norm == 1)
+                x_mail = MAIL - B * (C // 2) * (1 + (norm & 1))
+                num_parts = O_PARTS if before == O else DOWN_PARTS
+                if matrix > 0 and PARTS_MAILED:
+                    add_own(x, mail, PLAN[before][PLACE], num_parts, x_mail, told, embed, tokens,
+                            norm == 1)
                     meet(1, CONSUMERS)     # else sums are overwritten that another warp still joins
                 elif matrix > 0:           # the meeting before is that of the product to be added
                     gather(arrivals, normed - 1)
                 # in the words of the sums, which nobody needs now
-                norm_tokens(ring, h, x, parts, plan[before, PARTS], embed, tokens, norms, norm, eps,
-                            alone, mail, x_mail, told)
-                if alone:
+                norm_tokens(ring, h, x, parts, num_parts, embed, tokens, norms, norm, eps, mail,
+                            x_mail, told)
+                if ALONE:
                     meet(2, CONSUMERS + WARP)                  # with who copies it to the ring
                 else:
                     arrive(arrivals, normed)
-            by_mail = qkv_mailed if kind == QKV else alone and (kind == O or kind == DOWN)
-            steps = plan[kind, STEPS]
+            by_mail = (kind == QKV and qkv_mailed or PARTS_MAILED and (kind == O or kind == DOWN)
+                       or ALONE and kind == GATE_UP)
+            # of this matrix; attention's, above, are `items`
+            matrix_items, tiles, _, steps, num_rows, place = PLAN[kind]
+            item, stage, parity = int64(uniform(uint32(item))), uniform(stage), uniform(parity)
             if tid == 0:
                 # these go through more stages than the ring holds; before the others it has filled
                 pace[0] = FAST if kind >= GATE_UP else SLOW
-            while item < plan[kind, ITEMS]:
-                used_stage, used_x_stage = stage, x_stage
+            while item < matrix_items:
+                used_stage, used_x_stage, step = stage, x_stage, uint32(0)
                 for i in range(ACCUMULATORS):
                     acc[i], acc_far[i] = ZERO, ZERO
-                for chunk in range(0, steps, X_STEPS):
-                    await_barrier(barriers, X_FULL + x_stage, x_parity)
-                    for step in range(min(X_STEPS, steps - chunk)):
-                        await_barrier(barriers, stage, parity)
-                        rows_at = a_rows + stage * STAGE_WORDS
-                        tokens_at = first_x_stage + x_stage * X_STAGE_WORDS + step * (N * 32)
-                        wgmma(acc, 0, ring, rows_at, ring, tokens_at, h)
-                        if N > COLUMNS:
-                            wgmma(acc_far, 0, ring, rows_at, ring, tokens_at + COLUMNS * 32, h)
-                        if lane == 0 and chunk + step > 0:     # of the step before, which is done
-                            barrier_arrive(barriers, EMPTY + used_stage)
-                            if step == 0:
-                                barrier_arrive(barriers, X_EMPTY + used_x_stage)
-                        used_stage = stage
-                        stage, parity = next_stage(stage, parity, stages)
-                    used_x_stage = x_stage
-                    x_stage, x_parity = next_stage(x_stage, x_parity, num_x_stages)
+                while step < uint32(steps):
+                    x_step = step & uint32(X_STEPS - 1)
+                    if x_step == uint32(0):
+                        await_barrier(barriers, X_FULL + x_stage, x_parity)
+                    await_barrier(barriers, stage, parity)
+                    rows_at = uniform(uint32(a_rows + stage * STAGE_WORDS))
+                    tokens_at = uniform(uint32(first_x_stage + x_stage * X_STAGE_WORDS
+                                               + x_step * STEP_WORDS))
+                    wgmma(acc, 0, ring, rows_at, ring, tokens_at, h)
+                    if N > COLUMNS:
+                        wgmma(acc_far, 0, ring, rows_at, ring, tokens_at + COLUMNS * 32, h)
+                    if lane == 0 and step > uint32(0):         # of the step before, which is done
+                        barrier_arrive(barriers, EMPTY + used_stage)
+                        if x_step == uint32(0):
+                            barrier_arrive(barriers, X_EMPTY + used_x_stage)
+                    used_stage, used_x_stage = stage, x_stage
+                    stage, parity = next_stage(stage, parity, STAGES)
+                    step = uint32(step + uint32(1))
+                    if step % uint32(X_STEPS) == uint32(0) or step == uint32(steps):
+                        x_stage, x_parity = next_stage(x_stage, x_parity, X_STAGES)
                 wgmma_wait(acc, 0)
                 if N > COLUMNS:
                     wgmma_wait(acc_far, 0)
                 if lane == 0:
                     barrier_arrive(barriers, EMPTY + used_stage)
                     barrier_arrive(barriers, X_EMPTY + used_x_stage)
-                tile, part = tile_and_part(item, plan[kind, ROW_TILES])
+                tile, part = tile_and_part(item, tiles)
                 if kind == LM_HEAD and greedy:
-                    store_largest(acc, 0, tile, plan[kind, ROWS], B, largest, largest_at)
+                    store_largest(acc, 0, tile, num_rows, B, largest, largest_at)
                     if N > COLUMNS:
-                        store_largest(acc_far, COLUMNS, tile, plan[kind, ROWS], B, largest,
-                                      largest_at)
+                        store_largest(acc_far, COLUMNS, tile, num_rows, B, largest, largest_at)
                 else:
-                    store_tile(acc, 0, kind, tile, part, plan[kind, ROWS], B, parts, flat_act,
-                               flat_logits, by_mail, plan[kind, PLACE], mail, stamp)
+                    store_tile(acc, 0, kind, tile, part, num_rows, B, parts, flat_act, flat_logits,
+                               by_mail, place, mail, stamp)
                     if N > COLUMNS:
-                        store_tile(acc_far, COLUMNS, kind, tile, part, plan[kind, ROWS], B, parts,
-                                   flat_act, flat_logits, by_mail, plan[kind, PLACE], mail, stamp)
+                        store_tile(acc_far, COLUMNS, kind, tile, part, num_rows, B, parts, flat_act,
+                                   flat_logits, by_mail, place, mail, stamp)
                 item += cuda.gridDim.x
-            item -= plan[kind, ITEMS]
+            item -= matrix_items
             if tid == 0 and kind == DOWN:
                 pace[0] = SLOW
             if matrix + 1 < num_matrices and not by_mail:
@@ -5281,8 +5369,7 @@ def make_forward_decode(D, N):
     @cuda.jit(cache=True, **THREE_WARPGROUPS)
     def forward_decode_kernel(flat_logits, largest, largest_at, x, h, o, flat_act, kv_cache, parts,
                               partial, mail, arrivals, tokens, slots, rows, seq_lens, splits,
-                              block_tables, cos, sin, embed, norms, whole_plan, maps, stages,
-                              num_x_stages, sum_words, eps, greedy):
+                              block_tables, cos, sin, embed, norms, maps, eps, greedy):
         """logits of one token for each request: embedding, all layers, norm and lm_head
 
         flat_logits      (B*V,)               f32        written, unless greedy
@@ -5301,11 +5388,11 @@ def make_forward_decode(D, N):
         cos, sin         (positions, D/2)     f32        read
         embed            (V, C)               as x       B rows read
         norms            (2L+1, C)            as x       read
-        whole_plan, maps (5, 6) i32, (9, 16) u64         read: see decode_plan, decode_tables
+        maps             (9, 16)              u64        read: see decode_maps
         launch grid of one thread block for each multiprocessor, all there at once; thread block of
                CONSUMERS threads and a warpgroup, two warps of which work
-        shared sum_words, then up to 1 KB to align, `stages` of STAGE_WORDS and
-               num_x_stages of X_STAGE_WORDS
+        shared SUM_WORDS, then up to 1 KB to align, STAGES of STAGE_WORDS and X_STAGES of
+               X_STAGE_WORDS
         moves  E*W + 2*L*B*S*G*D*E bytes, does 2*B*W + 4*L*B*H*S*D flops: bandwidth-bound
         needs  see fits_persistent, sm_90a
         twin   forward_decode_ref      source  Megakernels (Hazy Research, 2025)
@@ -5313,34 +5400,31 @@ def make_forward_decode(D, N):
         sums = cuda.shared.array(0, float32)
         ring = cuda.shared.array(0, uint32)
         barriers = cuda.shared.array(NUM_BARRIERS, uint64)
-        plan = cuda.shared.array((5, 6), int32)    # here, for each meeting empties the L1 cache
         pace = cuda.shared.array(1, uint32)        # of the weights: consumers set it
         acc = cuda.local.array(ACCUMULATORS, float32)
         acc_far = cuda.local.array(ACCUMULATORS, float32)  # of tokens from COLUMNS on
         tid, num_matrices = thread_index(), kv_cache.shape[1] * 4 + 1
-        first = first_of_ring(ring, sum_words)
+        first = first_of_ring(ring, SUM_WORDS)
         if tid == 0:
-            for stage in range(stages):
+            for stage in range(STAGES):
                 barrier_init(barriers, stage, uint32(1))
                 barrier_init(barriers, EMPTY + stage, uint32(DECODE_WARPS))
-            for x_stage in range(num_x_stages):
+            for x_stage in range(X_STAGES):
                 barrier_init(barriers, X_FULL + x_stage, uint32(1))
                 barrier_init(barriers, X_EMPTY + x_stage, uint32(DECODE_WARPS))
             barrier_init(barriers, JOINED, uint32(DECODE_WARPS))
             barriers_ready()
             pace[0] = FAST
-        if tid < 30:
-            plan[tid // 6, tid % 6] = whole_plan[tid // 6, tid % 6]
         cuda.syncthreads()                 # else a thread uses a barrier that is not there yet
-        o_mail = int64(plan[O, PLACE]) - MAIL_SPLITS * o.shape[1] * (D + 2)
         start_next_kernel()
-        if tid < CONSUMERS:
+        warp = uniform(uint32(tid // WARP))
+        if warp < DECODE_WARPS:
             many_registers()
             wait_for_inputs()
-            consume(settle(ring), settle(sums), first, stages, num_x_stages, settle(barriers), plan,
-                    pace, acc, acc_far, flat_logits, largest, largest_at, x, h, o, flat_act,
-                    kv_cache, parts, partial, mail, o_mail, arrivals, tokens, slots, seq_lens,
-                    splits, cos, sin, embed, norms, eps, greedy)
+            consume(settle(ring), settle(sums), first, settle(barriers), pace, acc, acc_far,
+                    flat_logits, largest, largest_at, x, h, o, flat_act, kv_cache, parts, partial,
+                    mail, arrivals, tokens, slots, seq_lens, splits, cos, sin, embed, norms, eps,
+                    greedy)
             # who leaves last, when nobody can be waiting any more, sets all counts back
             last = arrivals.shape[0] - 2
             if tid == 0 and add_acquire(arrivals, last, uint32(1)) == uint32(cuda.gridDim.x - 1):
@@ -5349,29 +5433,26 @@ def make_forward_decode(D, N):
                 arrivals[last + 1] += uint32(1)
         else:
             few_registers()
-            if tid < CONSUMERS + WARP:     # weights were there before all other kernels
-                stream_weights(ring, first, stages, barriers, plan, pace, maps, num_matrices, D,
-                               KEYS, kv_cache.shape[4], kv_cache.shape[3], block_tables, rows,
-                               seq_lens, splits, run)
-            elif tid < CONSUMERS + 2 * WARP:
+            if warp == DECODE_WARPS:       # weights were there before all other kernels
+                stream_weights(ring, first, barriers, pace, maps, num_matrices, block_tables, rows,
+                               seq_lens, splits)
+            elif warp == DECODE_WARPS + 1:
                 wait_for_inputs()
-                stream_tokens(ring, first + stages * STAGE_WORDS, num_x_stages, X_STEPS, N * 32,
-                              barriers, plan, maps, num_matrices, arrivals, mail, o_mail,
-                              kv_cache.shape[4], splits, x.shape[0], x.shape[1])
+                stream_x(ring, first + STAGES * STAGE_WORDS, barriers, maps, num_matrices, arrivals,
+                         mail, splits, x.shape[0])
     return forward_decode_kernel
 
 
-FORWARD_DECODE = {(D, N): make_forward_decode(D, N) for D in PAGED_DECODE for N in DECODE_TOKENS}
-# plans and tensor maps on the device, by the arrays they tell of; never freed, so that no thread
-# block has cached an older map of the same address
-DECODE_TABLES = {}
+# tensor maps on the device, by the arrays they tell of; never freed, so that no thread block has
+# cached an older map of the same address
+DECODE_MAPS = {}
 
 
-def decode_tables(h, o, act, kv_cache, matrices, shape, N):
-    """plan and maps of forward_decode on the device, made once for each place and shape."""
+def decode_maps(h, o, act, kv_cache, matrices, shape, N):
+    """maps of forward_decode on the device, made once for each place and shape."""
     arrays = h, o, act, kv_cache, matrices
     key = shape, N, *((address_of(array), array.shape) for array in arrays)
-    if key not in DECODE_TABLES:
+    if key not in DECODE_MAPS:
         H, G, D, C, F, V, L = shape
         size, at, maps = layer_size(H, G, D, C, F), 0, []
         for kind, (rows, K) in enumerate(shapes_of_layer(H, G, D, C, F)):
@@ -5382,15 +5463,16 @@ def decode_tables(h, o, act, kv_cache, matrices, shape, N):
             at += rows * K
         maps.append(tensor_map(matrices[L * size:], (C, 8, 2, V // 16, 1),
                                (1, 2 * C, C, 16 * C, V * C), (64, 8, 2, TILE_ROWS // 16, 1)))
-        maps += [tensor_map(array, (64, len(array), K // 64), (1, K, 64), (64, N, x_steps_of(N)))
-                 for array, K in ((h, C), (o, H * D), (act, F))]
+        box = 64, x_rows_of(N), x_steps_of(N)
+        maps += [tensor_map(array, (64, len(array), K // 64), (1, K, 64), box) for array, K in
+                 ((h, C), (o, H * D), (act, F))]
         P, slots = kv_cache.shape[3], kv_cache.shape[2] * kv_cache.shape[3]
         maps.append(tensor_map(kv_cache, (D, G, slots, L, 2),
                                (1, D, G * D, slots * G * D, L * slots * G * D),
                                (64, 1, min(P, keys_of_stage(D)), 1, 2)))
-        tables = decode_plan(H, G, D, C, F, V), np.array(maps, np.uint64)
-        DECODE_TABLES[key] = tables if SIMULATOR else tuple(map(cuda.to_device, tables))
-    return DECODE_TABLES[key]
+        maps = np.array(maps, np.uint64)
+        DECODE_MAPS[key] = maps if SIMULATOR else cuda.to_device(maps)
+    return DECODE_MAPS[key]
 
 
 def forward_decode(logits, largest, largest_at, x, h, o, act, kv_cache, parts, partial, mail,
@@ -5410,29 +5492,51 @@ def forward_decode(logits, largest, largest_at, x, h, o, act, kv_cache, parts, p
     assert len(mail) == mail_size(H, G, D, C, F), mail.shape
     assert len(arrivals) == MEETINGS * L + 3, (arrivals.shape, L)
     N = min(N for N in DECODE_TOKENS if N >= B)
-    plan, maps = decode_tables(h, o, act, kv_cache, matrices, (H, G, D, C, F, V, L), N)
-    sum_words = sum_words_of(H, G, D, C)
-    num_x_stages = min(MAX_X_STAGES, max(3, X_WORDS // x_stage_words_of(N)))
+    maps = decode_maps(h, o, act, kv_cache, matrices, (H, G, D, C, F, V, L), N)
+    threads = CONSUMERS + (2 if SIMULATOR else 4) * WARP       # a warpgroup has no half
+    kernel = make_forward_decode(N, H, G, D, C, F, V, P, num_multiprocessors())
+    launch(kernel, num_multiprocessors(), threads, stream, PERSISTENT_SHARED, logits.reshape(B * V),
+           largest.reshape(-1), largest_at.reshape(-1), x, h, o, act.reshape(B * F), kv_cache,
+           parts, partial, mail, arrivals, tokens, slots, rows, seq_lens, splits, block_tables, cos,
+           sin, embed, norms, maps, np.float32(eps), np.int32(greedy))
+
+
+def has_one_item_each(N, G, multiprocessors):
+    """Whether no thread block ever has two items of attention, however long a context: a token that
+    is alone. What is between its two items then need not be compiled, nor have shared memory."""
+    return N == 1 and most_splits(G) * G <= multiprocessors
+
+
+def attention_words(H, G, D, C, one_each):
+    """Words of shared memory for the sums of attention, or for the parts of a group in their place;
+    for the parts of one more; and for all that attention needs: two groups are behind those. Who
+    has one item at most has one group, whose parts come by mail."""
+    R = H // G
+    sums, group = DECODE_WARPS * R * (D + 2), (R + 2) * (D // 2)
+    if one_each:
+        return sums, 0, sums + group
+    fetched = (parts_of((H + 2 * G) * D, C) * (R + 2) + R + 1) * D     # and cosines and sines
+    place = max(sums, fetched)
+    return place, fetched, place + fetched + 2 * group
+
+
+def sum_words_of(H, G, D, C, one_each=False):
+    """Shared words for attention; or for gains and a token in a norm; or, behind the place of
+    gains, for one token's attention, see merge_own."""
+    return max(attention_words(H, G, D, C, one_each)[2], C, (C + H * D) // 2)
+
+
+def persistent_rings(H, G, D, C, N, multiprocessors):
+    """Words of shared memory for sums, stages for weights and stages for up to N tokens."""
+    sum_words = sum_words_of(H, G, D, C, has_one_item_each(N, G, multiprocessors))
+    x_stage_words = x_stage_words_of(N)
+    # a token that is alone comes from near, and two leave room for one more of weights
+    x_stages = 2 if N == 1 else min(MAX_X_STAGES, max(3, X_WORDS // x_stage_words))
     # 256 words, for stages begin at a multiple of 1024 bytes
-    left = PERSISTENT_SHARED // 4 - sum_words - 256 - num_x_stages * x_stage_words_of(N)
+    left = PERSISTENT_SHARED // 4 - sum_words - 256 - x_stages * x_stage_words
     stages = min(MAX_STAGES, left // STAGE_WORDS)
     assert stages >= FAST, stages
-    threads = CONSUMERS + (2 if SIMULATOR else 4) * WARP       # a warpgroup has no half
-    launch(FORWARD_DECODE[D, N], num_multiprocessors(), threads, stream, PERSISTENT_SHARED,
-           logits.reshape(B * V), largest.reshape(-1), largest_at.reshape(-1), x, h, o,
-           act.reshape(B * F), kv_cache, parts, partial, mail, arrivals, tokens, slots, rows,
-           seq_lens, splits, block_tables, cos, sin, embed, norms, plan, maps, np.int32(stages),
-           np.int32(num_x_stages), np.int32(sum_words), np.float32(eps), np.int32(greedy))
-
-
-def sum_words_of(H, G, D, C):
-    """Shared words for the sums of attention, or the parts of a group in their place, for the parts
-    of one more, and for two groups; or for gains and a token in a norm; or, behind the place of
-    gains, for one token's attention, see merge_own."""
-    R = H // G
-    fetched = (parts_of((H + 2 * G) * D, C) * (R + 2) + R + 1) * D     # and cosines and sines
-    return max(max(DECODE_WARPS * R * (D + 2), fetched) + fetched + (R + 2) * D,
-               C, (C + H * D) // 2)
+    return sum_words, stages, x_stages
 
 
 def fits_persistent(H, G, D, C, F, V, P):

@@ -553,6 +553,7 @@ def test_an_item_that_comes_round_to_a_stage_again_waits_for_both_fillings(monke
     monkeypatch.setattr(kernels, "copy_box", slow_copy_box)
     monkeypatch.setattr(kernels, "SPLIT", 256)
     monkeypatch.setattr(kernels, "MAX_STAGES", 3)
+    monkeypatch.setattr(kernels, "make_forward_decode", kernels.make_forward_decode.__wrapped__)
     arguments = row.example(np.random.default_rng(0), to_elements("bfloat16"), L=1, D=64, V=64,
                             P=256, C=64, F=64, contexts=(250,), H=2, G=1)
     assert len(arguments[16]) > 3                              # of several splits we make one
@@ -1037,7 +1038,8 @@ def test_a_kernel_of_a_factory_has_the_same_cache_key_in_the_next_process():
     """Numba's disk cache finds a kernel by what its closure holds, pickled."""
     pytest.importorskip("numba_cuda")
     program = ("import hashlib, kernels_numba as k; from numba.cuda.serialize import dumps; "
-               "cells = k.FORWARD_DECODE[64, 8].py_func.__closure__; "
+               "kernel = k.make_forward_decode(8, 8, 4, 64, 64, 64, 64, 16, 132); "
+               "cells = kernel.py_func.__closure__; "
                "print(hashlib.sha256(dumps([c.cell_contents for c in cells])).hexdigest())")
     environment = {k: v for k, v in os.environ.items() if k != "NUMBA_ENABLE_CUDASIM"}
     first, second = (subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=environment,
