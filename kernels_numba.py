@@ -4131,7 +4131,7 @@ def begin_decode(tokens, positions, slots, seq_lens, splits, inputs, state, bloc
 # take their time.
 #
 # Between two matmuls it is the length of the code that takes the time. So a kernel is compiled for
-# one model: all sizes but those of the batch are constants in it.
+# one model: all sizes but the number of layers and those of the batch are constants in it.
 #
 # A matmul is cut into items: 128 rows of a weight matrix, a tile, by all of its K or a part of it.
 # A thread block takes every gridDim.x-th item and goes on from one matrix to the next without a
@@ -4149,8 +4149,8 @@ MAX_PARTS = 2 if SIMULATOR else 8          # of a matrix's K
 MULTIPROCESSORS = 2 if SIMULATOR else 132  # that the parts are made for; they must not depend on
                                            # the GPU, or its sums would
 PERSISTENT_SHARED = (227 - 1) << 10        # bytes; 1 KB is left for static arrays
-SUM_WORDS = 20480                          # the most of it for what sum_words_of counts: FAST
-                                           # stages are left
+MAX_SUM_WORDS = 20480                      # of it for what sum_words_of counts: FAST stages are
+                                           # left
 X_WORDS = 4096                             # for the tokens' ring; three stages if that is more
 # barriers of the rings: full[i], that a copy has landed, and empty[i], that all consumers are done;
 # and the last, that all of them have read the sums of an item of attention
@@ -4160,9 +4160,9 @@ JOINED = 2 * MAX_STAGES + 2 * MAX_X_STAGES
 NUM_BARRIERS = JOINED + 1
 QKV, O, GATE_UP, DOWN, LM_HEAD = range(5)  # the matmuls of a layer in their order, and the last one
 H_MAP, O_MAP, ACT_MAP, KV_MAP = range(5, 9)            # tensor maps behind those of the matrices
-# of the plan for a matrix: items, tiles of its rows, parts of its K, steps of an item, rows, and
-# where its letters begin
-ITEMS, ROW_TILES, PARTS, STEPS, ROWS, PLACE = range(6)
+# the plan for a matrix is (items, tiles of its rows, parts of its K, steps of an item, rows, where
+# its letters begin)
+ITEMS, PARTS, PLACE = 0, 2, 5
 CHUNK = 16                                 # logits of which one warp finds the largest: its rows
 FAST = 3                                   # stages of weights on their way at once, see
                                            # await_copies; SLOW is each kernel's own
@@ -4206,7 +4206,8 @@ def parts_of(N, K):
 
 
 def decode_plan(H, G, D, C, F, V):
-    """For each matrix what its items are, as whole numbers, which kernels are compiled with."""
+    """For each of the five matrices the six numbers of its plan, which kernels are compiled with.
+    """
     plan, place = [], 0
     for kind, (N, K) in enumerate((*shapes_of_layer(H, G, D, C, F), (V, C))):
         parts = parts_of(N, K) if kind in (QKV, O, DOWN) else 1
@@ -4472,17 +4473,6 @@ def await_letter(mail, i, stamp):
 
 
 @cuda.jit(device=True)
-def copy_made(ring, at, source, steps, step_words):
-    """A warp copies some steps of the one token, from ring[source] on, to a stage of the tokens'
-    ring, where it is the first row: its pieces keep their order. What lies in the other rows meets
-    nobody, for each is a column of the product."""
-    words = cuda.local.array(4, uint32)
-    for piece in range(thread_index() % WARP, steps * 8, WARP):
-        load_shared(words, 0, ring, source + piece * 4)
-        store_shared(ring, at + piece // 8 * step_words + piece % 8 * 4, words, 0)
-
-
-@cuda.jit(device=True)
 def receive_8(words, mail, i, stamp):
     """Eight channels, two to a letter, when all four letters have come."""
     missing = True
@@ -4491,6 +4481,17 @@ def receive_8(words, mail, i, stamp):
         for n in range(0, 4, 2):
             words[n], sent, words[n + 1], next_sent = receive_2(mail, i + n)
             missing |= sent != stamp or next_sent != stamp
+
+
+@cuda.jit(device=True)
+def copy_made(ring, at, source, steps, step_words):
+    """A warp copies some steps of the one token, from ring[source] on, to a stage of the tokens'
+    ring, where it is the first row: its pieces keep their order. What lies in the other rows meets
+    nobody, for each is a column of the product."""
+    words = cuda.local.array(4, uint32)
+    for piece in range(thread_index() % WARP, steps * 8, WARP):
+        load_shared(words, 0, ring, source + piece * 4)
+        store_shared(ring, at + piece // 8 * step_words + piece % 8 * 4, words, 0)
 
 
 @cuda.jit(device=True)
@@ -4503,6 +4504,73 @@ def copy_mailed(ring, at, mail, source, steps, step_words, stamp):
     for piece in range(thread_index() % WARP, steps * 8, WARP):
         receive_8(words, mail, source + piece * 4, stamp)
         store_shared(ring, at + piece // 8 * step_words + piece % 8 * 4, words, 0)
+
+
+def x_steps_of(N):
+    """Steps along K whose tokens come with one copy, a power of two."""
+    return max(1, min(4, 128 // N))
+
+
+def x_rows_of(N):
+    """Rows of tokens for tensor cores, which take no fewer than 8."""
+    return max(8, N)
+
+
+def x_stage_words_of(N):
+    """Words of a stage of tokens: for each step 64 elements of each of N tokens."""
+    return x_steps_of(N) * x_rows_of(N) * 32
+
+
+def columns_of(N):
+    """Tokens of one wgmma: all, or half of more than 128."""
+    return x_rows_of(N) if N <= 128 else N // 2
+
+
+def has_one_item_each(N, G, multiprocessors):
+    """Whether no thread block ever has two items of attention, however long a context: a token that
+    is alone. What is between its two items then need not be compiled, nor have shared memory."""
+    return N == 1 and most_splits(G) * G <= multiprocessors
+
+
+def every_block_has_work(H, G, D, C, F, V, multiprocessors):
+    """Whether the one token may have its kernel: whether each thread block has an item of a matrix
+    between a norm and the one after the next, not counting the last matrix before that. There the
+    letters of x are written again. Invariant: then all have read them, for nobody comes so far
+    before all those items are made, and who makes one has read them before."""
+    qkv, o, gate_up, down, _ = (matrix[ITEMS] for matrix in decode_plan(H, G, D, C, F, V))
+    return qkv + gate_up + min(o, down) >= multiprocessors
+
+
+def attention_words(H, G, D, C, one_each):
+    """Words of shared memory for the sums of attention, or for the parts of a group in their place;
+    for the parts of one more; and for all that attention needs: two groups are behind those. Who
+    has one item at most has one group, whose parts come by mail."""
+    R = H // G
+    sums, group = DECODE_WARPS * R * (D + 2), (R + 2) * (D // 2)
+    if one_each:
+        return sums, 0, sums + group
+    fetched = (parts_of((H + 2 * G) * D, C) * (R + 2) + R + 1) * D     # and cosines and sines
+    place = max(sums, fetched)
+    return place, fetched, place + fetched + 2 * group
+
+
+def sum_words_of(H, G, D, C, one_each=False):
+    """Shared words for attention; or for gains and a token in a norm; or, behind the place of
+    gains, for one token's attention, see merge_own."""
+    return max(attention_words(H, G, D, C, one_each)[2], C, (C + H * D) // 2)
+
+
+def persistent_rings(H, G, D, C, N, multiprocessors):
+    """Words of shared memory for sums, stages for weights and stages for up to N tokens."""
+    sum_words = sum_words_of(H, G, D, C, has_one_item_each(N, G, multiprocessors))
+    x_stage_words = x_stage_words_of(N)
+    # a token that is alone comes from near, and two leave room for one more of weights
+    x_stages = 2 if N == 1 else min(MAX_X_STAGES, max(3, X_WORDS // x_stage_words))
+    # 256 words, for stages begin at a multiple of 1024 bytes
+    left = PERSISTENT_SHARED // 4 - sum_words - 256 - x_stages * x_stage_words
+    stages = min(MAX_STAGES, left // STAGE_WORDS)
+    assert stages >= FAST, stages
+    return sum_words, stages, x_stages
 
 
 def make_attend_stages(N, H, G, D, C, P, multiprocessors):
@@ -4846,33 +4914,14 @@ def make_attend_stages(N, H, G, D, C, P, multiprocessors):
     return attend_stages
 
 
-def x_steps_of(N):
-    """Steps along K whose tokens come with one copy."""
-    return max(1, min(4, 128 // N))
-
-
-def x_rows_of(N):
-    """Rows of tokens for tensor cores, which take no fewer than 8."""
-    return max(8, N)
-
-
-def x_stage_words_of(N):
-    """Words of a stage of tokens: for each step 64 elements of each of N tokens."""
-    return x_steps_of(N) * x_rows_of(N) * 32
-
-
-def columns_of(N):
-    """Tokens of one wgmma: all, or half of more than 128."""
-    return x_rows_of(N) if N <= 128 else N // 2
-
-
 @functools.cache
 def make_forward_decode(N, H, G, D, C, F, V, P, multiprocessors):
     """The kernel for one shape of model, one size of its cache's blocks and up to N tokens. What it
-    is made with is a constant of its machine code, which is shorter by a third for it, and between
-    two matmuls the length of the code is what takes the time."""
-    COLUMNS, ALONE, PARTS_MAILED = columns_of(N), N == 1, N <= MAIL_TOKENS
-    ONE_EACH, run = has_one_item_each(N, G, multiprocessors), run_of(N, D)
+    is made with is a constant of its machine code, which is shorter for it, and between two matmuls
+    the length of the code is what takes the time."""
+    ALONE, PARTS_MAILED = N == 1, N <= MAIL_TOKENS     # x, and what o and down add to it, by mail
+    ONE_EACH = has_one_item_each(N, G, multiprocessors)
+    COLUMNS, run = columns_of(N), run_of(N, D)
     SPLITS_MAILED = most_splits(G) <= MAIL_SPLITS      # all, of a token that is alone
     PLAN, MAIL = decode_plan(H, G, D, C, F, V), mail_size(H, G, D, C, F)
     O_ITEMS, O_TILES, O_PARTS, O_STEPS, _, O_PLACE = PLAN[O]
@@ -4886,7 +4935,7 @@ def make_forward_decode(N, H, G, D, C, F, V, P, multiprocessors):
     MOST_PARTS = max(O_PARTS, DOWN_PARTS)
     NORM_TERMS, PAIR_TERMS = MOST_PARTS * 8, MOST_PARTS * 2
     SLOW = 1 if PARTS_MAILED else 2        # more tokens take longer with a stage
-    LARGEST = min(8, ACCUMULATORS // 4)    # tokens of a lane whose logits are compared at once
+    LARGEST = math.gcd(8, ACCUMULATORS // 4)   # tokens of a lane whose logits are compared at once
 
     @cuda.jit(device=True)
     def added(word, delta, like):
@@ -5048,9 +5097,9 @@ def make_forward_decode(N, H, G, D, C, F, V, P, multiprocessors):
     def store_tile(acc, first_token, kind, tile, part, num_rows, B, parts, act, logits,
                    by_mail, place, mail, stamp):
         """Sums of a tile to where the next operation reads them: parts, act and logits are flat, of
-        shapes (parts, B, num_rows), (B, num_rows / 2) and (B, num_rows); or, as parts, by mail. A
-        thread holds two neighbouring rows or, of a tile of gate and up rows, a gate and its up: see
-        decode_maps."""
+        shapes (parts, B, num_rows), (B, num_rows / 2) and (B, num_rows); or by mail, parts in the
+        same order, or one token's act, two channels in a letter. A thread holds two neighbouring
+        rows or, of a tile of gate and up rows, a gate and its up: see decode_maps."""
         lane, warp, b = thread_index() % WARP, thread_index() // WARP, first_token
         if kind == GATE_UP:
             # lanes 4 apart hold neighbouring channels: one of them takes both for one token, the
@@ -5241,7 +5290,7 @@ def make_forward_decode(N, H, G, D, C, F, V, P, multiprocessors):
                 item += cuda.gridDim.x
             item -= items
 
-    stream_x = stream_one_token if ALONE else stream_tokens
+    stream_x = stream_one_token if ALONE else stream_tokens    # one needs no maps, one no mail
 
     @cuda.jit(device=True)
     def consume(ring, sums, first, barriers, pace, acc, acc_far, flat_logits, largest, largest_at,
@@ -5258,8 +5307,8 @@ def make_forward_decode(N, H, G, D, C, F, V, P, multiprocessors):
         joined_parity = uint32(1)          # before its first phase ends, that of parity 1 has ended
         num_pieces = int64(load_word(splits, B))
         items = num_pieces * G                                 # of attention
-        # one of them for a thread block at most, which then gets queries, key and value by mail. N:
-        # so that kernels for more tokens do not contain what they never do
+        # one of them for a thread block at most, which then gets queries, key and value by mail.
+        # PARTS_MAILED: so that kernels for more tokens do not contain what they never do
         qkv_mailed = ONE_EACH or PARTS_MAILED and items <= cuda.gridDim.x
         launches = load_word(arrivals, arrivals.shape[0] - 1)
         for matrix in range(num_matrices):
@@ -5375,8 +5424,8 @@ def make_forward_decode(N, H, G, D, C, F, V, P, multiprocessors):
         flat_logits      (B*V,)               f32        written, unless greedy
         largest, largest_at (B*V/CHUNK,)      f32 i32    written if greedy: of each CHUNK of logits
         x                (B, C)               f16 bf16   written: residual stream
-        h, o, flat_act   (B, C), (B, H, D), (B*F,)   as x   workspace: normed tokens (of more than
-                                                         one), attention, activations
+        h, o, flat_act   (B, C), (B, H, D), (B*F,)   as x   workspace of more than one token:
+                                                         normed, their attention, activations
         kv_cache   (2, L, blocks, P, G, D)    as x       a slot for each token written, context read
         parts            (parts_size,)        f32        workspace: parts of a matmul's sums
         partial          (J, H, D+2)          f32        workspace of contexts in several pieces
@@ -5491,52 +5540,16 @@ def forward_decode(logits, largest, largest_at, x, h, o, act, kv_cache, parts, p
     assert parts.size >= parts_size(B, H, G, D, C, F) and partial.shape[1:] == (H, D + 2)
     assert len(mail) == mail_size(H, G, D, C, F), mail.shape
     assert len(arrivals) == MEETINGS * L + 3, (arrivals.shape, L)
-    N = min(N for N in DECODE_TOKENS if N >= B)
+    multiprocessors = num_multiprocessors()
+    one = every_block_has_work(H, G, D, C, F, V, multiprocessors)
+    N = min(N for N in DECODE_TOKENS if N >= B and (N > 1 or one))
     maps = decode_maps(h, o, act, kv_cache, matrices, (H, G, D, C, F, V, L), N)
     threads = CONSUMERS + (2 if SIMULATOR else 4) * WARP       # a warpgroup has no half
-    kernel = make_forward_decode(N, H, G, D, C, F, V, P, num_multiprocessors())
-    launch(kernel, num_multiprocessors(), threads, stream, PERSISTENT_SHARED, logits.reshape(B * V),
+    kernel = make_forward_decode(N, H, G, D, C, F, V, P, multiprocessors)
+    launch(kernel, multiprocessors, threads, stream, PERSISTENT_SHARED, logits.reshape(B * V),
            largest.reshape(-1), largest_at.reshape(-1), x, h, o, act.reshape(B * F), kv_cache,
            parts, partial, mail, arrivals, tokens, slots, rows, seq_lens, splits, block_tables, cos,
            sin, embed, norms, maps, np.float32(eps), np.int32(greedy))
-
-
-def has_one_item_each(N, G, multiprocessors):
-    """Whether no thread block ever has two items of attention, however long a context: a token that
-    is alone. What is between its two items then need not be compiled, nor have shared memory."""
-    return N == 1 and most_splits(G) * G <= multiprocessors
-
-
-def attention_words(H, G, D, C, one_each):
-    """Words of shared memory for the sums of attention, or for the parts of a group in their place;
-    for the parts of one more; and for all that attention needs: two groups are behind those. Who
-    has one item at most has one group, whose parts come by mail."""
-    R = H // G
-    sums, group = DECODE_WARPS * R * (D + 2), (R + 2) * (D // 2)
-    if one_each:
-        return sums, 0, sums + group
-    fetched = (parts_of((H + 2 * G) * D, C) * (R + 2) + R + 1) * D     # and cosines and sines
-    place = max(sums, fetched)
-    return place, fetched, place + fetched + 2 * group
-
-
-def sum_words_of(H, G, D, C, one_each=False):
-    """Shared words for attention; or for gains and a token in a norm; or, behind the place of
-    gains, for one token's attention, see merge_own."""
-    return max(attention_words(H, G, D, C, one_each)[2], C, (C + H * D) // 2)
-
-
-def persistent_rings(H, G, D, C, N, multiprocessors):
-    """Words of shared memory for sums, stages for weights and stages for up to N tokens."""
-    sum_words = sum_words_of(H, G, D, C, has_one_item_each(N, G, multiprocessors))
-    x_stage_words = x_stage_words_of(N)
-    # a token that is alone comes from near, and two leave room for one more of weights
-    x_stages = 2 if N == 1 else min(MAX_X_STAGES, max(3, X_WORDS // x_stage_words))
-    # 256 words, for stages begin at a multiple of 1024 bytes
-    left = PERSISTENT_SHARED // 4 - sum_words - 256 - x_stages * x_stage_words
-    stages = min(MAX_STAGES, left // STAGE_WORDS)
-    assert stages >= FAST, stages
-    return sum_words, stages, x_stages
 
 
 def fits_persistent(H, G, D, C, F, V, P):
@@ -5553,7 +5566,7 @@ def fits_persistent(H, G, D, C, F, V, P):
         return f"block_size {P} is no power of two"
     if keys > WARP * P:                    # a warp holds the block numbers of a stage
         return f"block_size {P} is too small for head_dim {D}"
-    if keys * D > STAGE_WORDS or H // G > 16 or sum_words_of(H, G, D, C) > SUM_WORDS:
+    if keys * D > STAGE_WORDS or H // G > 16 or sum_words_of(H, G, D, C) > MAX_SUM_WORDS:
         return (f"hidden_size {C}, or head_dim {D} with {H // G} query heads for a KV head, leaves "
                 "no room in shared memory")
     return None

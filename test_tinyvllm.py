@@ -514,6 +514,41 @@ def test_a_greedy_step_leaves_the_largest_of_the_same_logits(dims):
     np.testing.assert_allclose(largest, twins, rtol=0, atol=0.05 * np.abs(logits[:, :-1]).max())
 
 
+@pytest.mark.skipif(HAS_GPU, reason="there 130 requests take that kernel")
+def test_a_greedy_step_leaves_the_largest_in_the_kernel_for_192_tokens(monkeypatch):
+    """A lane of it holds 12 tokens of a product, which is no multiple of 8."""
+    monkeypatch.setattr(kernels, "DECODE_TOKENS", (192,))
+    dims = kernels.STEPS_OF_DECODE[-1] | dict(contexts=(3, 1, 2) * 3)
+    assert len(dims["contexts"]) > kernels.FEW_REQUESTS        # its splits are those of 192 tokens
+    test_a_greedy_step_leaves_the_largest_of_the_same_logits(dims)
+
+
+@pytest.mark.skipif(HAS_GPU, reason="on a GPU one token alone has that kernel in every test")
+def test_the_kernel_for_one_token_leaves_the_bits_of_the_one_for_eight(monkeypatch):
+    """Even where no thread block ever has two items of attention, and nothing is compiled for them;
+    here that takes contexts without splits, for there is one thread block."""
+    row = next(row for row in kernels.KERNELS if row.name == "forward_decode")
+    monkeypatch.setattr(kernels, "SPLIT_ITEMS", 1)
+    monkeypatch.setattr(kernels, "make_forward_decode", kernels.make_forward_decode.__wrapped__)
+    assert kernels.has_one_item_each(1, 1, 1)
+    left = []
+    for N in (1, 8):
+        monkeypatch.setattr(kernels, "DECODE_TOKENS", (N,))
+        arguments = row.example(np.random.default_rng(0), to_elements("bfloat16"), L=2, D=64, V=64,
+                                P=4, H=2, G=1, C=128, F=192, contexts=(20,))
+        on_device = copied_to_device(arguments)
+        kernels.forward_decode(*on_device)
+        left.append([on_device[i].copy_to_host() for i in (0, 3, 7)])          # logits, x, kv_cache
+    for one, eight in zip(*left):
+        np.testing.assert_array_equal(one, eight)
+
+
+def test_a_model_too_small_to_order_its_letters_has_no_kernel_for_one_token():
+    """SmolLM2-135M, whose 72 and 37 items leave thread blocks without work, and Llama 3.2 1B."""
+    assert not kernels.every_block_has_work(9, 3, 64, 576, 1536, 49152, 132)
+    assert kernels.every_block_has_work(32, 8, 64, 2048, 8192, 128256, 132) or kernels.SIMULATOR
+
+
 def test_a_context_has_the_same_bits_alone_and_as_one_item_of_many():
     """Of one, two, four or more splits: alone each is an item, in company up to RUN are one."""
     row = next(row for row in kernels.KERNELS if row.name == "forward_decode")
@@ -690,8 +725,10 @@ for capability in map(tuple, json.loads(sys.argv[1])):
             continue
         asked.clear()
         plain = len(row.types) == 1
-        row.launcher(*row.example(np.random.default_rng(0), (lambda a: a) if plain else elements,
-                                  **row.shapes[-1]))
+        like = (lambda a: a) if plain else elements
+        # of forward_decode the kernel for one token, too
+        for dims in row.shapes[-1:] + row.shapes[:row.name == "forward_decode"]:
+            row.launcher(*row.example(np.random.default_rng(0), like, **dims))
         for kernel, arguments in asked:
             kernel.overloads.clear()
             signature = types.void(*(typeof(a) for a in arguments))
