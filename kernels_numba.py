@@ -4517,7 +4517,7 @@ def x_rows_of(N):
 
 
 def x_stage_words_of(N):
-    """Words of a stage of tokens: for each step 64 elements of each of N tokens."""
+    """Words of a stage of tokens: for each step 64 elements of each row."""
     return x_steps_of(N) * x_rows_of(N) * 32
 
 
@@ -5084,7 +5084,7 @@ def make_forward_decode(N, H, G, D, C, F, V, P, multiprocessors):
         for own in range(item, O_ITEMS, cuda.gridDim.x):
             _, part = tile_and_part(own, O_TILES)
             for step in range(warp, O_STEPS, DECODE_WARPS):
-                k = part * O_STEPS + step               # 64 channels of one head
+                k = part * O_STEPS + step                      # 64 channels of one head
                 head = int64(divide(uint32(k), uint32(D // 64)))
                 pair = (k - head * (D // 64)) * 32 + lane
                 if mailed:
@@ -5541,8 +5541,8 @@ def forward_decode(logits, largest, largest_at, x, h, o, act, kv_cache, parts, p
     assert len(mail) == mail_size(H, G, D, C, F), mail.shape
     assert len(arrivals) == MEETINGS * L + 3, (arrivals.shape, L)
     multiprocessors = num_multiprocessors()
-    one = every_block_has_work(H, G, D, C, F, V, multiprocessors)
-    N = min(N for N in DECODE_TOKENS if N >= B and (N > 1 or one))
+    N = min(N for N in DECODE_TOKENS if N >= B and (
+        N > 1 or every_block_has_work(H, G, D, C, F, V, multiprocessors)))
     maps = decode_maps(h, o, act, kv_cache, matrices, (H, G, D, C, F, V, L), N)
     threads = CONSUMERS + (2 if SIMULATOR else 4) * WARP       # a warpgroup has no half
     kernel = make_forward_decode(N, H, G, D, C, F, V, P, multiprocessors)

@@ -543,10 +543,15 @@ def test_the_kernel_for_one_token_leaves_the_bits_of_the_one_for_eight(monkeypat
         np.testing.assert_array_equal(one, eight)
 
 
-def test_a_model_too_small_to_order_its_letters_has_no_kernel_for_one_token():
-    """SmolLM2-135M, whose 72 and 37 items leave thread blocks without work, and Llama 3.2 1B."""
-    assert not kernels.every_block_has_work(9, 3, 64, 576, 1536, 49152, 132)
-    assert kernels.every_block_has_work(32, 8, 64, 2048, 8192, 128256, 132) or kernels.SIMULATOR
+def test_a_model_too_small_to_order_its_letters_has_no_kernel_for_one_token(monkeypatch):
+    """Between a norm and the one after the next SmolLM2-135M has 37 items of matrices, or 72,
+    Llama 3.2 1B 352."""
+    for name, value in (("MULTIPROCESSORS", 132), ("MAX_PARTS", 8), ("TILE_ROWS", 128)):
+        monkeypatch.setattr(kernels, name, value)              # as on a GPU
+    for shape, fewest in (((9, 3, 64, 576, 1536, 49152), 37),
+                          ((32, 8, 64, 2048, 8192, 128256), 352)):
+        assert kernels.every_block_has_work(*shape, fewest)
+        assert not kernels.every_block_has_work(*shape, fewest + 1)
 
 
 def test_a_context_has_the_same_bits_alone_and_as_one_item_of_many():
